@@ -1,0 +1,1 @@
+"""Data: what is read from files, packed into rows, and replayed."""

@@ -1,0 +1,1 @@
+"""Language models and the heads that read them."""

@@ -1,0 +1,122 @@
+"""What reads a language model's hidden states: token values and utterance critics.
+
+A head is a module with a body of its own or somebody else's; who trains it, and towards what, is decided above.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from echelon.models.lm import backbone
+
+if TYPE_CHECKING:
+    from echelon.data.packing import Batch
+
+
+class TokenValue(nn.Module):
+    """V of the state after every token: a causal body with one scalar read from each hidden state.
+
+    The scalar starts at zero, so that an untrained critic changes no advantage.
+    """
+
+    def __init__(self, body: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @classmethod
+    def from_lm(cls, lm: nn.Module) -> TokenValue:
+        """A value model whose body starts as a copy of the language model's."""
+        return cls(copy.deepcopy(backbone(lm)), hidden_size(lm))
+
+    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """Float32 values; the one at t has seen token t and all before it."""
+        hidden = self.body(input_ids=tokens, use_cache=False).last_hidden_state
+        values: Tensor = self.head(hidden)[..., 0].float()
+        return values
+
+
+def token_values(module: nn.Module, batch: Batch) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B"]]:
+    """V before each token, which is V of the state it was sampled in, and V after each row's last token.
+
+    The first is what generalised advantage estimation compares with rewards; it has not seen the token it judges. The
+    second is what a truncated row bootstraps from.
+    """
+    after_BT = module(batch.tokens)
+    before_BT = torch.cat([torch.zeros_like(after_BT[:, :1]), after_BT[:, :-1]], dim=1)
+    return before_BT, after_BT.gather(1, batch.lengths[:, None] - 1)[:, 0]
+
+
+@dataclass(slots=True)
+class Places:
+    """Positions (row, column) in a batch of rows."""
+
+    row: Int[Tensor, "N"]
+    column: Int[Tensor, "N"]
+
+
+class UtteranceCritic(nn.Module):
+    """Twin Q(s, a) and twin V(s) over whole utterances (ArCHer, arXiv 2402.19446), read from one causal pass.
+
+    V(s) is read after the last token of a state and Q(s, a) after the last token of an action, so a whole episode laid
+    out in one row yields the values of all its turns. With `shared_body` the body belongs to somebody else (the actor):
+    it is read without gradient, and neither trained, copied nor saved here.
+    """
+
+    def __init__(self, body: nn.Module, width: int, *, shared_body: bool = False) -> None:
+        super().__init__()
+        self.shared_body = shared_body
+        if shared_body:
+            self._borrowed = (body,)  # in a tuple, so that it is not registered as a submodule
+        else:
+            self.body = body
+        self.q = nn.ModuleList([_mlp(width) for _ in range(2)])
+        self.v = nn.ModuleList([_mlp(width) for _ in range(2)])
+
+    @classmethod
+    def from_lm(cls, lm: nn.Module, *, shared_body: bool = False) -> UtteranceCritic:
+        """A critic whose body starts as a copy of the language model's, or is the language model's."""
+        body = backbone(lm)
+        return cls(body if shared_body else copy.deepcopy(body), hidden_size(lm), shared_body=shared_body)
+
+    def target(self) -> UtteranceCritic:
+        """A frozen copy to bootstrap from; a borrowed body stays borrowed."""
+        twin = copy.deepcopy(self) if not self.shared_body else UtteranceCritic(self._borrowed[0], 1, shared_body=True)
+        if self.shared_body:
+            twin.q, twin.v = copy.deepcopy(self.q), copy.deepcopy(self.v)
+        return twin.requires_grad_(False)
+
+    def forward(
+        self, tokens: Int[Tensor, "B T"], q_at: Places, v_at: Places
+    ) -> tuple[Float[Tensor, "2 Q"], Float[Tensor, "2 V"]]:
+        """Twin Q at the positions `q_at` and twin V at `v_at`, float32."""
+        if self.shared_body:
+            with torch.no_grad():
+                hidden = self._borrowed[0](input_ids=tokens, use_cache=False).last_hidden_state
+        else:
+            hidden = self.body(input_ids=tokens, use_cache=False).last_hidden_state
+        q = torch.stack([head(hidden[q_at.row, q_at.column])[..., 0] for head in self.q])
+        v = torch.stack([head(hidden[v_at.row, v_at.column])[..., 0] for head in self.v])
+        return q.float(), v.float()
+
+
+def hidden_size(lm: nn.Module) -> int:
+    """Width of the hidden states a language model's head reads."""
+    return int(lm.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
+
+
+def _mlp(width: int) -> nn.Module:
+    head = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
+    last = head[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.normal_(last.weight, std=1e-2)  # small but not zero: a zero layer would send no gradient below it
+    nn.init.zeros_(last.bias)
+    return head

@@ -1,0 +1,276 @@
+"""Causal language models from the Hugging Face library: load one, build a tiny one, ask it for log-probabilities.
+
+Knows nothing of rewards or episodes. The shift between a token and the position that predicts it happens here, in
+`token_logprobs`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from echelon.errors import DataError
+
+if TYPE_CHECKING:
+    from echelon.data.packing import Batch
+
+LOGITS_PER_CHUNK = 1 << 25
+"""At most this many float32 logits exist at once (128 MiB); more positions are taken in several chunks."""
+
+TINY_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""One token for who speaks, one for the end of the message, nothing else."""
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model folder or hub id. It must have a chat template; a padding token is not needed."""
+    from transformers import AutoTokenizer
+
+    _check_folder(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise DataError(
+            f"no tokenizer could be loaded from '{path}': {_first_line(error)} Save one there "
+            "(tokenizer.save_pretrained), next to the weights."
+        ) from error
+    return tokenizer
+
+
+def load_lm(
+    path: str,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A causal language model ready to sample and train: dropout off, so that both see the same distribution."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _check_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        _no_dropout(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:
+        raise DataError(
+            f"no causal language model could be loaded from '{path}': {_first_line(error)} "
+            "It must be a Hugging Face folder with config.json and weights."
+        ) from error
+    module: nn.Module = model.to(pick_device(device))
+    return module.train()
+
+
+def tiny(
+    corpus: Sequence[str],
+    *,
+    vocab_size: int = 1024,
+    hidden: int = 128,
+    layers: int = 3,
+    heads: int = 4,
+    max_positions: int = 2048,
+    seed: int = 0,
+) -> tuple[nn.Module, Any]:
+    """A small Llama-style model with random weights, and a byte-level BPE tokenizer learned from a corpus.
+
+    About `12·layers·hidden²` parameters besides the embeddings: 0.6 M by default, enough to learn a game in minutes on
+    a CPU. Both are ordinary Hugging Face objects.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tiny_tokenizer(corpus, vocab_size)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 16 * 16,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = LlamaForCausalLM(config)
+    return model.train(), tokenizer
+
+
+def token_logprobs(module: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Float[Tensor, "B T"]:
+    """log π of each sampled token given the tokens before it, float32; zero on all other positions.
+
+    The LM head runs on sampled positions only and in chunks: no `rows × positions × vocabulary` tensor ever exists.
+    """
+    hidden_MH, targets_M = _before_sampled(module, batch)
+    logprobs_M, _ = _chunked(module, hidden_MH, targets_M, temperature, with_entropy=False)
+    return _on_sampled(batch, logprobs_M)
+
+
+def token_logprobs_and_entropy(
+    module: nn.Module, batch: Batch, *, temperature: float = 1.0
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """log π of each sampled token, and the entropy in nats of the distribution it was drawn from."""
+    hidden_MH, targets_M = _before_sampled(module, batch)
+    logprobs_M, entropy_M = _chunked(module, hidden_MH, targets_M, temperature, with_entropy=True)
+    return _on_sampled(batch, logprobs_M), _on_sampled(batch, entropy_M)
+
+
+def selected_hidden(module: nn.Module, tokens: Tensor, selected: Tensor, **inputs: Any) -> Float[Tensor, "M H"]:
+    """What the LM head would read, at selected positions: `selected` is (B, T') bool with T' ≤ T."""
+    found: list[Tensor] = []
+
+    def take(hidden: Tensor) -> Tensor:
+        found.append(hidden[:, : selected.shape[1]][selected])
+        return hidden[:1, -1:]
+
+    with head_reads(module, take):
+        module(input_ids=tokens, use_cache=False, **inputs)
+    return found[0]
+
+
+@contextmanager
+def head_reads(module: nn.Module, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within, the LM head sees `choose(hidden)` instead of all hidden states: any architecture, no wasted logits."""
+    head = output_head(module)
+    hook = head.register_forward_pre_hook(lambda _, args: (choose(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def output_head(module: nn.Module) -> nn.Module:
+    """The layer that turns hidden states into logits."""
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    assert isinstance(head, nn.Module), f"{type(module).__name__} has no LM head"
+    return head
+
+
+def logits_of(module: nn.Module, hidden: Float[Tensor, "M H"]) -> Float[Tensor, "M V"]:
+    """Float32 logits of hidden states, with what some architectures do after the head (scaling, soft-capping)."""
+    config = module.config.get_text_config()  # type: ignore[operator, union-attr]
+    logits = output_head(module)(hidden).float()
+    if (multiplier := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * multiplier
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def backbone(module: nn.Module) -> nn.Module:
+    """The decoder without its LM head: ids in, `last_hidden_state` out."""
+    body = module.get_decoder()  # type: ignore[operator]
+    assert isinstance(body, nn.Module)
+    return body
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the GPU when there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers the module holds, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _before_sampled(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    predicts = batch.mask[:, 1:]  # position t − 1 predicts token t
+    return selected_hidden(module, batch.tokens, predicts), batch.tokens[:, 1:][predicts]
+
+
+def _on_sampled(batch: Batch, values_M: Tensor) -> Float[Tensor, "B T"]:
+    place = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)
+    return place.masked_scatter(batch.mask, values_M)
+
+
+def _chunked(
+    module: nn.Module, hidden_MH: Tensor, targets_M: Tensor, temperature: float, *, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = torch.log_softmax(logits_of(module, hidden) / temperature, dim=-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else logprobs.new_zeros(len(targets))
+        return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+
+    weight = output_head(module).weight
+    assert isinstance(weight, Tensor)
+    size = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    if len(targets_M) <= size:
+        return score(hidden_MH, targets_M)
+    parts = [
+        checkpoint(score, hidden, targets, use_reentrant=False)  # logits are made again for the gradient, not kept
+        for hidden, targets in zip(hidden_MH.split(size), targets_M.split(size), strict=True)
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _tiny_tokenizer(corpus: Sequence[str], vocab_size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=special[2:],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = TINY_CHAT_TEMPLATE
+    return tokenizer
+
+
+def _no_dropout(config: Any) -> None:
+    """Dropout would make the trainer's distribution differ from the sampler's."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(part, name, 0.0)
+
+
+def _check_folder(path: str) -> None:
+    if not path:
+        raise DataError("model.path is empty: give a Hugging Face model folder or hub id, e.g. --model.path runs/tiny.")
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise DataError(f"'{path}' is a folder without config.json, so it is not a Hugging Face model folder.")
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise DataError(f"model.path = {path}: there is no such folder.")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    line = lines[0].strip() if lines else type(error).__name__
+    return line if line.endswith(".") else f"{line}."

@@ -1,0 +1,190 @@
+"""Who deserves what: rewards in, advantages out. Tensors only; no models, no episodes.
+
+Two ways to get a baseline: a critic's values (the functions with `gae` in their name) or comparison with siblings
+(`group_baseline`). Nothing here decides what a reward is, or which tokens a turn's advantage is spread over.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def discounted_returns(
+    rewards: Float[Tensor, "*chains T"], *, gamma: float, bootstrap: float | Float[Tensor, "*chains"] = 0.0
+) -> Float[Tensor, "*chains T"]:
+    """What followed from each step of a chain: rewards[t] + γ·rewards[t+1] + …, and γ^(T−t)·bootstrap at the end."""
+    return _suffix_sums(_add_to_last(rewards, bootstrap, gamma), gamma)
+
+
+def gae(
+    rewards: Float[Tensor, "*chains T"],
+    values: Float[Tensor, "*chains T"],
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap: float | Float[Tensor, "*chains"] = 0.0,
+) -> tuple[Float[Tensor, "*chains T"], Float[Tensor, "*chains T"]]:
+    """Generalized advantage estimation over the last dimension: (advantages, returns = advantages + values).
+
+    `bootstrap` is the value of the state after the last step: 0 if the chain terminated there, the critic's estimate if
+    it was cut off. https://arxiv.org/abs/1506.02438
+    """
+    next_values = _add_to_last(torch.nn.functional.pad(values[..., 1:], (0, 1)), bootstrap, 1.0)
+    advantages = _suffix_sums(rewards + gamma * next_values - values, gamma * lam)
+    return advantages, advantages + values
+
+
+def token_gae(
+    rewards_BT: Float[Tensor, "B T"],
+    values_BT: Float[Tensor, "B T"],
+    mask_BT: Bool[Tensor, "B T"],
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap_B: Float[Tensor, "B"],
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """GAE over the sampled tokens of each row, as if the context between them were not there: (advantages, returns).
+
+    Rows interleave spans the policy sampled (`mask_BT` true) with prompts, observations and padding. What follows a
+    sampled token is the next *sampled* token of its row, however long the gap: γ and λ count sampled tokens only. The
+    last one is followed by `bootstrap_B`, 0 if the episode terminated. `values_BT[b, t]` is the value of the state
+    before token t, predicted without having seen it. Rewards and values in the gaps are not read; advantages and
+    returns there are 0.
+    """
+    order = torch.argsort((~mask_BT).to(torch.uint8), dim=1, stable=True)  # each row's sampled tokens, then the rest
+    sampled = mask_BT.gather(1, order)
+    rewards = torch.where(sampled, rewards_BT.gather(1, order), 0.0)
+    values = torch.where(sampled, values_BT.gather(1, order), 0.0)
+
+    last = sampled & ~torch.nn.functional.pad(sampled[:, 1:], (0, 1))
+    next_values = torch.where(last, bootstrap_B[:, None], torch.nn.functional.pad(values[:, 1:], (0, 1)))
+    deltas = torch.where(sampled, rewards + gamma * next_values - values, 0.0)
+    advantages = _suffix_sums(deltas, gamma * lam)
+    zeros = torch.zeros_like(advantages)
+    return zeros.scatter(1, order, advantages), zeros.scatter(1, order, advantages + values)
+
+
+def turn_gae(
+    rewards_N: Float[Tensor, "N"],
+    values_N: Float[Tensor, "N"],
+    episode_N: Int[Tensor, "N"],
+    bootstrap_N: Float[Tensor, "N"],
+    *,
+    gamma: float,
+    lam: float,
+) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+    """GAE in which one step is one turn, over many episodes at once: (advantages, returns).
+
+    The turns of an episode stand next to each other, in order, under the same number in `episode_N`. `bootstrap_N` is
+    read at the last turn of each episode only: the value of the final state if it was truncated, 0 if it terminated.
+    """
+    row_N, column_N = _layout(episode_N)
+    last_N = torch.ones_like(episode_N, dtype=torch.bool)
+    last_N[:-1] = episode_N[1:] != episode_N[:-1]
+    next_values_N = torch.where(last_N, bootstrap_N, torch.cat([values_N[1:], values_N.new_zeros(values_N[:1].shape)]))
+    deltas_N = rewards_N + gamma * next_values_N - values_N
+    advantages_N = _suffix_sums(_table(deltas_N, row_N, column_N), gamma * lam)[row_N, column_N]
+    return advantages_N, advantages_N + values_N
+
+
+def turn_returns(rewards_N: Float[Tensor, "N"], episode_N: Int[Tensor, "N"], *, gamma: float) -> Float[Tensor, "N"]:
+    """Discounted return-to-go of every turn of many episodes, laid out as in `turn_gae`."""
+    row_N, column_N = _layout(episode_N)
+    return _suffix_sums(_table(rewards_N, row_N, column_N), gamma)[row_N, column_N]
+
+
+def group_baseline(
+    rewards_N: Float[Tensor, "N"],
+    keys: Sequence[Hashable],
+    *,
+    scale: Literal["none", "std"] = "none",
+    leave_one_out: bool = False,
+    eps: float = 1e-6,
+) -> Float[Tensor, "N"]:
+    """Reward minus the mean of its comparison group. Choosing the key chooses the algorithm.
+
+    Items with equal keys form a group. The task as key is GRPO (`scale="std"`, unbiased, plus `eps`) or Dr. GRPO
+    (`scale="none"`); with `leave_one_out` the mean is that of the *other* members, RLOO; one key for everything with
+    `scale="std"` is the whitening of REINFORCE++; the parent turn as key compares answers to the same state. A group of
+    one has nothing to compare with and gets 0.
+
+    Two traps. The plain mean contains the item itself, so the expected gradient is (G−1)/G of the true one. And a key
+    that holds the turn *index* compares different states: biased whenever the policy decides when an episode ends
+    (tests/ops/test_exact_gradient.py computes by how much).
+
+    GRPO https://arxiv.org/abs/2402.03300, Dr. GRPO https://arxiv.org/abs/2503.20783, RLOO https://arxiv.org/abs/2402.14740,
+    REINFORCE++ https://arxiv.org/abs/2501.03262
+    """
+    group_N, groups = _groups(rewards_N, keys)
+    rewards = rewards_N.double()  # equal rewards must leave exactly nothing for the division by eps to enlarge
+    count = _group_sums(torch.ones_like(rewards), group_N, groups)
+    advantages = rewards - (_group_sums(rewards, group_N, groups) / count)[group_N]
+    others = (count - 1).clamp(min=1)
+    spread = (_group_sums(advantages.square(), group_N, groups) / others).sqrt()
+    if leave_one_out:
+        advantages = advantages * (count / others)[group_N]
+    if scale == "std":
+        advantages = advantages / (spread[group_N] + eps)
+    return torch.where(count[group_N] > 1, advantages, 0.0).to(rewards_N.dtype)
+
+
+def zero_variance_groups(rewards_N: Float[Tensor, "N"], keys: Sequence[Hashable]) -> int:
+    """How many comparison groups teach nothing because all their rewards are equal (a group of one included).
+
+    Of `len(set(keys))` groups; the fraction is worth logging, since such groups cost rollouts and give no gradient.
+    """
+    group_N, groups = _groups(rewards_N, keys)
+    empty = rewards_N.new_zeros(groups)
+    low = empty.scatter_reduce(0, group_N, rewards_N, "amin", include_self=False)
+    high = empty.scatter_reduce(0, group_N, rewards_N, "amax", include_self=False)
+    return int((low == high).sum())
+
+
+def _suffix_sums(x: Float[Tensor, "*chains T"], decay: float) -> Float[Tensor, "*chains T"]:
+    """sums[t] = x[t] + decay · sums[t+1] along the last dimension."""
+    sums: list[Tensor] = []
+    for column in reversed(x.unbind(-1)):
+        sums.append(column + decay * sums[-1] if sums else column)
+    return torch.stack(sums[::-1], -1) if sums else x.clone()
+
+
+def _add_to_last(
+    x: Float[Tensor, "*chains T"], bootstrap: float | Float[Tensor, "*chains"], factor: float
+) -> Float[Tensor, "*chains T"]:
+    """A copy of `x` with `factor` · `bootstrap` added at the last step."""
+    total = x.clone()
+    if x.shape[-1]:
+        total[..., -1] += factor * bootstrap
+    return total
+
+
+def _layout(episode_N: Int[Tensor, "N"]) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
+    """Row and column of each turn in a table with one row per episode."""
+    first_N = torch.ones_like(episode_N, dtype=torch.bool)
+    first_N[1:] = episode_N[1:] != episode_N[:-1]
+    row_N = first_N.long().cumsum(0) - 1
+    starts = first_N.nonzero()[:, 0]
+    assert len(starts) == len(set(episode_N.tolist())), "the turns of one episode must stand next to each other"
+    return row_N, torch.arange(len(episode_N), device=episode_N.device) - starts[row_N]
+
+
+def _table(x_N: Float[Tensor, "N"], row_N: Int[Tensor, "N"], column_N: Int[Tensor, "N"]) -> Float[Tensor, "E L"]:
+    """The items of a flat list in a table, 0 where an episode has ended."""
+    rows, columns = (int(index.max()) + 1 if len(index) else 0 for index in (row_N, column_N))
+    return x_N.new_zeros(rows, columns).index_put((row_N, column_N), x_N)
+
+
+def _groups(rewards_N: Float[Tensor, "N"], keys: Sequence[Hashable]) -> tuple[Int[Tensor, "N"], int]:
+    """The number of each item's group, and how many groups there are."""
+    assert len(keys) == len(rewards_N), f"{len(keys)} keys for {len(rewards_N)} rewards"
+    assert not any(isinstance(key, Tensor) for key in keys), "tensors hash by identity: pass their numbers as keys"
+    numbers: dict[Hashable, int] = {}
+    group = [numbers.setdefault(key, len(numbers)) for key in keys]
+    return torch.tensor(group, dtype=torch.long, device=rewards_N.device), len(numbers)
+
+
+def _group_sums(x_N: Float[Tensor, "N"], group_N: Int[Tensor, "N"], groups: int) -> Float[Tensor, "G"]:
+    return x_N.new_zeros(groups).index_add(0, group_N, x_N)

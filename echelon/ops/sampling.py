@@ -1,0 +1,104 @@
+"""From logits to a token: the distribution that is sampled from, and a draw from it that depends on nothing else.
+
+Randomness is a function of (seed, position), not a state: what else is in the batch changes nothing.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Float32, Float64, Int, Int64
+from torch import Tensor
+
+from echelon.errors import ConfigError
+
+
+def restrict_logits(
+    logits_NV: Float[Tensor, "N V"],
+    *,
+    temperature: float | Float[Tensor, "N"] = 1.0,
+    top_k: int | Int[Tensor, "N"] = 0,
+    top_p: float | Float[Tensor, "N"] = 1.0,
+) -> Float32[Tensor, "N V"]:
+    """Logits of the distribution that is sampled from, −inf for tokens that cannot be drawn; not normalised.
+
+    Divided by the temperature, then cut to the `top_k` most likely tokens (0 or less: all), then to the smallest set of
+    those that holds at least `top_p` of the remaining mass. The most likely token always stays, and ties go to the
+    lower id. Each setting is one number, or one per row. Raises ConfigError for a temperature that is not positive:
+    greedy decoding is an argmax, not a distribution.
+    """
+    rows, vocabulary = logits_NV.shape
+    device = logits_NV.device
+    temperature_N = torch.as_tensor(temperature, dtype=torch.float32, device=device).expand(rows)
+    top_k_N = torch.as_tensor(top_k, dtype=torch.long, device=device).expand(rows)
+    top_p_N = torch.as_tensor(top_p, dtype=torch.float64, device=device).expand(rows)
+    if not bool((temperature_N > 0).all()):
+        raise ConfigError("temperature must be above 0 to make a distribution. For 0, take the argmax of the logits.")
+
+    logits_NV = logits_NV.float() / temperature_N[:, None]
+    top_k_N = torch.where((top_k_N <= 0) | (top_k_N > vocabulary), vocabulary, top_k_N)
+    if bool((top_k_N < vocabulary).any()):
+        logits_NV = _keep_best(logits_NV, top_k_N)
+    if bool((top_p_N < 1).any()):
+        logits_NV = _keep_best(logits_NV, _nucleus_sizes(logits_NV, top_p_N))
+    return logits_NV
+
+
+def counter_uniform(seeds_N: Int64[Tensor, "N"], positions_N: Int64[Tensor, "N"]) -> Float64[Tensor, "N"]:
+    """One uniform number in the open interval (0, 1) per (seed, position), always the same one.
+
+    The finaliser of SplitMix64 applied to the seed, to the position and to both, so neighbouring seeds and neighbouring
+    positions give unrelated numbers. Not for cryptography. https://doi.org/10.1145/2660193.2660195
+    """
+    key_N = _scramble(seeds_N + _signed(0x9E3779B97F4A7C15))
+    second_N = _scramble(seeds_N ^ _signed(0xD1B54A32D192ED03))
+    bits_N = _scramble(_scramble(key_N + positions_N * _signed(0x9E3779B97F4A7C15)) ^ second_N)
+    return (_shift_right(bits_N, 12).double() + 0.5) * 2.0**-52  # 52 bits: with 53, the largest would round to 1
+
+
+def sample_from(logits_NV: Float[Tensor, "N V"], uniforms_N: Float[Tensor, "N"]) -> Int64[Tensor, "N"]:
+    """The token at which each row's cumulative probability passes its uniform number. Never one of probability 0."""
+    probs_NV = torch.softmax(logits_NV.double(), -1)
+    cumulative_NV = torch.where(probs_NV > 0, probs_NV.cumsum(-1), 0.0)
+    total_N = cumulative_NV.amax(-1)
+    assert bool((total_N > 0).all()), "logits that are NaN, or -inf in a whole row, are not a distribution"
+    reach_N = torch.minimum(uniforms_N.double() * total_N, torch.nextafter(total_N, torch.zeros_like(total_N)))
+    return (cumulative_NV > reach_N[:, None]).to(torch.uint8).argmax(-1)
+
+
+def _nucleus_sizes(logits_NV: Float32[Tensor, "N V"], top_p_N: Float64[Tensor, "N"]) -> Int64[Tensor, "N"]:
+    """How many of the most likely tokens it takes to hold `top_p` of the mass, at least one; all of them for 1."""
+    possible = int((logits_NV > -math.inf).sum(-1).max())
+    probs = torch.softmax(logits_NV.topk(possible).values.double(), -1)
+    before = probs.cumsum(-1) - probs
+    sizes_N = (before < top_p_N[:, None]).sum(-1).clamp(min=1)
+    return torch.where(top_p_N < 1, sizes_N, logits_NV.shape[1])
+
+
+def _keep_best(logits_NV: Float32[Tensor, "N V"], count_N: Int64[Tensor, "N"]) -> Float32[Tensor, "N V"]:
+    """−inf for all but the `count_N` largest of each row; of equal ones the first stay."""
+    vocabulary = logits_NV.shape[1]
+    limited_N = count_N < vocabulary
+    widest = int(torch.where(limited_N, count_N, 1).max())
+    best = logits_NV.topk(widest).values
+    threshold_N = best.gather(1, torch.where(limited_N, count_N - 1, 0)[:, None])
+    above_NV, tied_NV = logits_NV > threshold_N, logits_NV == threshold_N
+    room_N1 = count_N[:, None] - above_NV.sum(-1, keepdim=True)
+    keep_NV = above_NV | (tied_NV & (tied_NV.cumsum(-1) <= room_N1)) | ~limited_N[:, None]
+    return torch.where(keep_NV, logits_NV, -math.inf)
+
+
+def _scramble(x: Int64[Tensor, "N"]) -> Int64[Tensor, "N"]:
+    """SplitMix64's finaliser: a bijection of 64-bit integers in which every input bit flips half of the output bits."""
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Int64[Tensor, "N"], bits: int) -> Int64[Tensor, "N"]:
+    """Shift in zeros; torch's own shift of a signed integer copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    """An unsigned 64-bit constant as the int64 with the same bits."""
+    return constant - (1 << 64) if constant >= 1 << 63 else constant

@@ -1,0 +1,1 @@
+"""Where tokens come from. Every engine offers `sample` and `load`; none of them knows how weights are trained."""

@@ -1,0 +1,1 @@
+"""Between text and tokens, and between text and values."""

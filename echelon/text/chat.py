@@ -1,0 +1,184 @@
+"""Messages in, token ids out, by the chat template of the model's own tokenizer; and back.
+
+The one renderer of training, evaluation and chat. It never re-tokenises what a model said: a conversation grows by
+appending ids to ids, so earlier ids cannot change whatever a template does with earlier messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from echelon.errors import DataError
+from echelon.types import Message
+
+_SAID = "@@what-the-assistant-said@@"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One assistant message of a conversation as it would have been sampled: what was seen, what was said."""
+
+    prompt: list[int]
+    action: list[int]
+
+
+class Renderer:
+    """Turns messages into the tokens a model sees, and keeps prompts within a token budget.
+
+    `max_tokens` bounds every prompt. What is dropped first is the oldest exchange; the instruction (everything before
+    the first assistant message), the latest observation and the cue that asks for the answer are never dropped.
+    """
+
+    def __init__(self, tokenizer: Any, *, max_tokens: int | None = None) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"the tokenizer of '{_name(tokenizer)}' has no chat template, so messages cannot become tokens. "
+                "Use an instruction-tuned model, or set tokenizer.chat_template and save the tokenizer again."
+            )
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self._after: dict[str, list[int]] = {}
+        self.stop_ids: tuple[int, ...] = tuple(self._turn_ends(self._follow([{"role": "user", "content": "x"}])))
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """A whole conversation, ending with the cue for the next assistant message.
+
+        Assistant messages inside it get exactly the ids they would have had if a model had said them, so rendering
+        more messages never changes the ids of earlier ones.
+        """
+        if not messages or messages[-1]["role"] == "assistant":
+            raise DataError("nothing to answer: a prompt needs messages, and the last one must not be the assistant's.")
+        head, exchanges = _split(messages)
+        segments = [self._encode(self._template(head, cue=True))]
+        for said, heard in exchanges:
+            segments.append(self.extend(self.action_ids(said["content"]), heard))
+        return self.fit(segments)
+
+    def extend(self, ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
+        """Continue exact ids, prompt and sampled action, with what was answered and the cue for the next message.
+
+        Works whether or not the action ends with its stop token. The result starts with `ids`, unchanged.
+        """
+        follow = self._follow(messages)
+        ended = bool(ids) and ids[-1] == follow[0] and ids[-1] in self.stop_ids
+        return [*ids, *(follow[1:] if ended else follow)]
+
+    def action_ids(self, text: str) -> list[int]:
+        """The ids of an assistant message as a model would say it, stop token included."""
+        return [*self._encode(text), self.stop_ids[0]]
+
+    def examples(self, messages: Sequence[Message]) -> list[Example]:
+        """Every assistant message of a conversation with the prompt it answers: rows for supervised learning."""
+        head, exchanges = _split(messages, answered=False)
+        ids = self._encode(self._template(head, cue=True))
+        found: list[Example] = []
+        for said, heard in exchanges:
+            action = self.action_ids(said["content"])
+            found.append(Example(prompt=list(ids), action=action))
+            if heard:
+                ids = self.extend([*ids, *action], heard)
+        return found
+
+    def fit(self, segments: Sequence[Sequence[int]]) -> list[int]:
+        """Join a prompt from its parts: the head, then one part per exchange; dropped, oldest first, if too long.
+
+        When something must go, a quarter of the budget is freed at once, so that the next few turns again extend
+        this prompt instead of each starting anew.
+        """
+        return self.join(segments)[0]
+
+    def join(self, segments: Sequence[Sequence[int]]) -> tuple[list[int], tuple[int, ...]]:
+        """`fit`, and where each kept part after the head begins."""
+        head, parts = list(segments[0]), [list(part) for part in segments[1:]]
+        budget = self.max_tokens
+        if budget is not None and len(head) + sum(map(len, parts)) > budget:
+            needed = len(head) + (len(parts[-1]) if parts else 0)
+            if needed > budget:
+                raise DataError(
+                    f"the instruction and the latest observation alone take {needed} tokens, more than the budget of "
+                    f"{budget}. Raise max_prompt_tokens or shorten them: neither can be dropped."
+                )
+            while len(parts) > 1 and len(head) + sum(map(len, parts)) > max(needed, budget * 3 // 4):
+                parts.pop(0)
+        ids, starts = head, []
+        for part in parts:
+            starts.append(len(ids))
+            ids.extend(part)
+        return ids, tuple(starts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of sampled tokens, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))  # templates bring their own special tokens
+
+    def _follow(self, messages: Sequence[Message]) -> list[int]:
+        """Ids between the last word of an assistant message and the first of the next one."""
+        key = "\x1f".join(f"{message['role']}\x1e{message['content']}" for message in messages)
+        if key not in self._after:
+            if len(self._after) > 4096:
+                self._after.clear()
+            asked: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SAID}]
+            text = self._template([*asked, *messages], cue=True)
+            if text.count(_SAID) != 1:
+                raise DataError(
+                    f"the chat template of '{_name(self.tokenizer)}' does not repeat assistant messages word for word, "
+                    "so a conversation cannot be continued from its tokens. Use a template that does."
+                )
+            self._after[key] = self._encode(text.split(_SAID)[1])
+        return self._after[key]
+
+    def _turn_ends(self, follow: Sequence[int]) -> list[int]:
+        """Tokens that end an assistant message: the template's, if it is a special token, and the tokenizer's EOS."""
+        special = set(self.tokenizer.all_special_ids) | set(getattr(self.tokenizer, "added_tokens_decoder", {}))
+        ends = [follow[0]] if follow and follow[0] in special else []
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and eos not in ends:
+            ends.append(eos)
+        if not ends:
+            raise DataError(
+                f"the tokenizer of '{_name(self.tokenizer)}' has no end-of-turn token in its chat template and no EOS, "
+                "so a model could never finish a message. Set tokenizer.eos_token and save it again."
+            )
+        return ends
+
+    def _template(self, messages: Sequence[Message], *, cue: bool) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=cue)
+            )
+        except Exception as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(
+                f"the chat template of '{_name(self.tokenizer)}' refuses the roles [{roles}]: {error}. "
+                "Many templates take no system message or need user and assistant to alternate."
+            ) from error
+
+
+def _split(
+    messages: Sequence[Message], *, answered: bool = True
+) -> tuple[list[Message], list[tuple[Message, list[Message]]]]:
+    """The messages before the first assistant one, then each assistant message with what was heard after it."""
+    head: list[Message] = []
+    exchanges: list[tuple[Message, list[Message]]] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            exchanges.append((message, []))
+        elif exchanges:
+            exchanges[-1][1].append(message)
+        else:
+            head.append(message)
+    silent = [index for index, (_, heard) in enumerate(exchanges) if not heard]
+    if not head or (silent and (answered or silent != [len(exchanges) - 1])):
+        raise DataError(
+            f"a conversation of roles [{', '.join(message['role'] for message in messages)}] cannot be rendered: it must "
+            "begin with an instruction, and two assistant messages may not follow each other."
+        )
+    return head, exchanges
+
+
+def _name(tokenizer: Any) -> str:
+    return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)

@@ -1,0 +1,1 @@
+"""Training: learners, checkpoints, logs, and how several processes become one."""

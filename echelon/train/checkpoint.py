@@ -1,0 +1,371 @@
+"""Checkpoints of a run: written whole or not at all, checked when read, one writer at a time.
+
+Knows files, checksums and locks; knows nothing of what is in a part. Parts save themselves.
+
+    <run>/.lock
+    <run>/checkpoints/step_000120/<part>/…  config.yaml  extra.json  rng.safetensors  manifest.json (written last)
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeAlias
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from echelon.errors import CheckpointError, ConfigError
+
+JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+
+MAY_CHANGE = frozenset({"steps", "resume", "save_every", "keep_last", "threads", "dry_run", "traceback", "out"})
+"""Settings that may differ when a run is resumed, at the top level or in the block `run`."""
+
+_STEP = re.compile(r"step_(\d{6,})")
+_UNFINISHED = ".tmp-"
+_REPLACED = ".old-"
+_NO_LOCKS_HERE = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+
+
+class Saveable(Protocol):
+    """Anything that survives a kill: a learner, a replay, a loader."""
+
+    def save(self, folder: Path) -> None:
+        """Write everything needed to continue into `folder`, which exists and is empty."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Become what was saved there."""
+        ...
+
+
+class Checkpoints:
+    """A run directory, claimed by this process, and the checkpoints in it.
+
+    A recipe saves step 0 before it trains, so everything that has metrics has a checkpoint: a run killed before that is
+    simply started again, and one killed later is resumed. While it is open no other process can claim the directory.
+
+    Raises CheckpointError when another process writes there, when there is a run already and `resume` is False, and when
+    `resume` is True and there is none.
+    """
+
+    def __init__(self, folder: Path, *, config_yaml: str, keep_last: int = 2, resume: bool = False) -> None:
+        if keep_last < 1:
+            raise ConfigError(
+                f"keep_last = {keep_last}: a run needs its newest checkpoint. Set keep_last to 1 or more."
+            )
+        self.folder = folder
+        self._home = folder / "checkpoints"
+        self._config_yaml, self._keep_last = config_yaml, keep_last
+        try:
+            self._home.mkdir(parents=True, exist_ok=True)
+            self._lock = _claim(folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}: no run can be kept there ({error.strerror}). Choose another --out."
+            ) from error
+        try:
+            self._clean()
+            self._check_start(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in order; whether each is whole is seen when it is read."""
+        return sorted(_steps(self._home))
+
+    def save(self, step: int, parts: Mapping[str, Saveable], extra: Mapping[str, JSON] | None = None) -> Path:
+        """Write a checkpoint that says: `step` steps are done. Then drop all but the newest `keep_last`.
+
+        Saves every part, `extra`, the config and torch's global random state. It appears under its name only when every
+        byte is on the disk. If that fails, the earlier checkpoints are untouched. Raises CheckpointError on a full disk
+        and other input or output errors; what a part raises otherwise passes through.
+        """
+        final = self._home / f"step_{step:06d}"
+        unfinished = self._home / (_UNFINISHED + final.name)
+        try:
+            unfinished.mkdir()
+            self._write(unfinished, step, parts, extra or {})
+            self._publish(unfinished, final)
+            self._drop_all_but_newest(step)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or str(error)
+            kept = ", ".join(map(str, self.steps)) or "none"
+            raise CheckpointError(
+                f"{final}: step {step} could not be saved ({reason}). Checkpoints still there: {kept}. "
+                "Make room or choose another disk, then continue with --resume."
+            ) from error
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        return final
+
+    def restore(self, parts: Mapping[str, Saveable]) -> tuple[int, dict[str, Any]]:
+        """Load every part from the newest whole checkpoint; returns its step and its `extra`.
+
+        A checkpoint that is incomplete or does not match its checksums is skipped, with a notice on stderr; the next save
+        removes it. Raises CheckpointError if none is whole, if a part is missing, or if the config differs in a setting
+        that must not change within a run (`MAY_CHANGE` may; `steps` grows to train longer).
+        """
+        path = _newest_whole(self._home)
+        _check_config((path / "config.yaml").read_text(encoding="utf-8"), self._config_yaml, path)
+        manifest = _read_manifest(path)
+        if missing := sorted(set(parts) - set(manifest["parts"])):
+            raise CheckpointError(
+                f"{path}: holds {_listed(manifest['parts'])}, but this run also needs {_listed(missing)}. "
+                "Resume it with the recipe that wrote it."
+            )
+        for name, part in parts.items():
+            part.load(path / name)
+        _set_random_state(load_file(path / "rng.safetensors"))  # last: loading may draw numbers
+        return int(manifest["step"]), json.loads((path / "extra.json").read_text(encoding="utf-8"))
+
+    def close(self) -> None:
+        """Let other processes have the directory; harmless when repeated."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _clean(self) -> None:
+        """Finish what a killed process left halfway: nothing with a dot in front is a checkpoint."""
+        for path in self._home.glob(f"{_REPLACED}*"):
+            final = self._home / path.name.removeprefix(_REPLACED)
+            if final.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(final)
+        for path in self._home.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(path)
+
+    def _check_start(self, resume: bool) -> None:
+        if resume and not self.steps:
+            raise CheckpointError(
+                f"{self.folder}: there is no checkpoint to resume from. Start without --resume, "
+                "or name the directory of the run with --out."
+            )
+        metrics = self.folder / "metrics.jsonl"
+        begun = bool(self.steps) or (metrics.exists() and metrics.stat().st_size > 0)
+        if begun and not resume:
+            raise CheckpointError(
+                f"{self.folder}: there is a run already, and it is never overwritten. Continue it with --resume, "
+                "or choose another --out."
+            )
+
+    def _write(self, folder: Path, step: int, parts: Mapping[str, Saveable], extra: Mapping[str, JSON]) -> None:
+        for name, part in parts.items():
+            assert re.fullmatch(r"\w[\w-]*", name), f"not a folder name: {name}"
+            (folder / name).mkdir()
+            part.save(folder / name)
+        (folder / "extra.json").write_text(json.dumps(extra, allow_nan=False), encoding="utf-8")
+        (folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
+        save_file(_random_state(), folder / "rng.safetensors")
+        files = {path.relative_to(folder).as_posix(): _seal(path) for path in _files(folder)}
+        manifest = folder / "manifest.json"
+        manifest.write_text(json.dumps({"step": step, "parts": sorted(parts), "files": files}, indent=1))
+        _seal(manifest)
+        for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+            _sync(path)
+
+    def _publish(self, unfinished: Path, final: Path) -> None:
+        """Give the folder its name. One of the same name makes way without a moment in which neither is on the disk."""
+        replaced = self._home / (_REPLACED + final.name)
+        if final.exists():
+            final.rename(replaced)
+        unfinished.rename(final)
+        _sync(self._home)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+    def _drop_all_but_newest(self, step: int) -> None:
+        # Later ones than the step just saved are leftovers that could not be restored: this run will pass them again.
+        keep = [other for other in self.steps if other <= step][-self._keep_last :]
+        for other, path in _steps(self._home).items():
+            if other not in keep:
+                gone = path.rename(
+                    self._home / f"{_UNFINISHED}{path.name}"
+                )  # so that a half-removed one is no candidate
+                shutil.rmtree(gone)
+
+
+def find_checkpoint(path: Path, role: str = "actor") -> Path:
+    """The Hugging Face folder meant by `path`: a model folder, a checkpoint, or a run directory (its newest whole one).
+
+    In a checkpoint it is the folder of `role`. Raises CheckpointError that says what was found instead.
+    """
+    if _is_model(path):
+        return path
+    if _STEP.fullmatch(path.name) and path.is_dir():
+        if problem := _problem(path):
+            raise CheckpointError(f"{path}: {problem}. Use another checkpoint.")
+        checkpoint = path
+    elif (path / "checkpoints").is_dir() or _steps(path):
+        checkpoint = _newest_whole(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    else:
+        what = "has no config.json, no manifest.json and no checkpoints" if path.is_dir() else "is not a folder"
+        raise CheckpointError(f"{path}: {what}. Name a model folder, a checkpoint or a run directory.")
+    if not _is_model(checkpoint / role):
+        models = sorted(child.name for child in checkpoint.iterdir() if _is_model(child))
+        raise CheckpointError(f"{checkpoint}: holds no model '{role}', but {_listed(models)}. Name one of these roles.")
+    return checkpoint / role
+
+
+def _claim(folder: Path) -> int | None:
+    """An exclusive lock that ends with the process however it ends; the file says who holds it."""
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
+        os.close(lock)
+        raise CheckpointError(
+            f"{folder}: process {holder} is writing to this run. Wait for it or stop it, or choose another --out."
+        ) from error
+    except OSError as error:
+        os.close(lock)
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+        _notice(f"{folder}: this file system has no locks. Make sure that one process only writes to the run.")
+        return None
+    os.ftruncate(lock, 0)
+    os.write(lock, f"{os.getpid()}\n".encode())
+    return lock
+
+
+def _steps(home: Path) -> dict[int, Path]:
+    """Step → checkpoint folder, whole or not."""
+    matches = ((_STEP.fullmatch(path.name), path) for path in (home.iterdir() if home.is_dir() else ()))
+    return {int(match[1]): path for match, path in matches if match and path.is_dir()}
+
+
+def _newest_whole(home: Path) -> Path:
+    """The newest checkpoint that matches its checksums; each one skipped is named on stderr."""
+    found = sorted(_steps(home).items(), reverse=True)
+    for _, path in found:
+        problem = _problem(path)
+        if problem is None:
+            return path
+        _notice(f"{path} is skipped: {problem}")
+    raise CheckpointError(
+        f"{home}: "
+        + ("none of its checkpoints is whole." if found else "there is no checkpoint.")
+        + " Start a new run."
+    )
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None if every file is there as it was written."""
+    try:
+        files = _read_manifest(checkpoint)["files"]
+    except FileNotFoundError:
+        return "it has no manifest.json, so it was not finished"
+    except (ValueError, KeyError):
+        return "its manifest.json is damaged"
+    for name, wanted in files.items():
+        path = checkpoint / name
+        try:
+            if path.stat().st_size != wanted["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {wanted['size']}"
+            if _sha256(path) != wanted["sha256"]:
+                return f"{name} does not match its checksum"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_bytes())
+    return {key: manifest[key] for key in ("step", "parts", "files")}
+
+
+def _check_config(saved: str, given: str, checkpoint: Path) -> None:
+    """Raise CheckpointError if a run would continue under other settings than it began with."""
+    old, new = dict(_flat(yaml.safe_load(saved))), dict(_flat(yaml.safe_load(given)))
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if refused := [key for key in differing if key.removeprefix("run.") not in MAY_CHANGE]:
+        changes = ", ".join(f"{key} ({old.get(key)} → {new.get(key)})" for key in refused)
+        raise CheckpointError(
+            f"{checkpoint}: it was written with other settings: {changes}. A run keeps its settings. "
+            "Set them back, or start a new run with another --out."
+        )
+
+
+def _flat(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted key → value of everything that is not a mapping with entries."""
+    if not isinstance(tree, dict) or not tree:
+        if prefix:
+            yield prefix, tree
+        return
+    for key, value in tree.items():
+        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state |= {f"cuda:{index}": device for index, device in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def _set_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda:{index}" in state:
+            torch.cuda.set_rng_state(state[f"cuda:{index}"], index)
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(path: Path) -> dict[str, JSON]:
+    """Force a finished file to the disk; returns its line of the manifest."""
+    _sync(path)
+    return {"sha256": _sha256(path), "size": path.stat().st_size}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "nothing"
+
+
+def _notice(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

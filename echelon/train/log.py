@@ -1,0 +1,256 @@
+"""What a run leaves to read: `metrics.jsonl`, `episodes.jsonl`, and a progress bar or plain lines while it goes on.
+
+Knows nothing of models or algorithms: names and numbers in, rows out. The clock enters the files only as `seconds`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from echelon.errors import CheckpointError
+from echelon.types import Episode, Turn
+
+HEADLINES = ("reward/mean", "eval/reward/mean", "accuracy", "loss")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Log:
+    """The two files of a run directory and what is shown on the console.
+
+    `start` is the first step that this process takes. Rows of that step and later ones, left by a run that was killed,
+    are cut together with a half-written last line, so the files of a resumed run equal those of an uninterrupted one
+    except for `seconds`, which continues. Every row is flushed to the operating system when it is written.
+
+    On a terminal there is a progress bar, elsewhere plain lines without control characters (the first step, the last
+    one, and one every ten seconds); `quiet` shows neither. `headline` names the metrics to show; without it, three of
+    the usual ones. The rate is that of this process, the time elapsed that of the run.
+    Claim the run directory first (`Checkpoints`): the log itself refuses nothing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total: int,
+        start: int = 0,
+        name: str = "",
+        quiet: bool = False,
+        headline: Sequence[str] = (),
+        console: Console | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._earlier = _cut(folder / "metrics.jsonl", start)
+        _cut(folder / "episodes.jsonl", start)
+        self._metrics = _append_to(folder / "metrics.jsonl")
+        self._episodes = _append_to(folder / "episodes.jsonl")
+        self._began = time.monotonic()
+        self._start, self._total, self._headline = start, total, tuple(headline)
+        self._noted: set[str] = set()
+        console = console or Console()
+        self._display: _Bar | _Lines | None = None
+        if not quiet:
+            display = _Bar if console.is_terminal else _Lines
+            self._display = display(console, name=name, total=total, start=start)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training, all processes that resumed one another together."""
+        return self._earlier + time.monotonic() - self._began
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append a row to `metrics.jsonl`. A number that is not finite becomes null, which is said once per name."""
+        numbers = {name: float(value) for name, value in values.items()}
+        self._write(self._metrics, {"step": step, "seconds": round(self.seconds, 3), **numbers})
+        if self._display:
+            spent = time.monotonic() - self._began
+            rate = (step + 1 - self._start) / max(spent, 1e-9)
+            left = max(self._total - step - 1, 0) / rate if rate > 0 else 0.0
+            times = f"{_clock(self.seconds)} elapsed  {_clock(left)} left"
+            self._display.show(step + 1, rate=f"{rate:.3g} step/s", times=times, numbers=self._headlines(numbers))
+
+    def episodes(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows to `episodes.jsonl`: who said what, and what it earned (see `episode_rows`)."""
+        for row in rows:
+            self._write(self._episodes, {"step": step, **row})
+
+    def note(self, text: str) -> None:
+        """One line for the person watching."""
+        if self._display:
+            self._display.note(text)
+
+    def close(self) -> None:
+        """End the display and close the files; harmless when repeated."""
+        if self._display:
+            self._display.close()
+        self._metrics.close()
+        self._episodes.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write(self, file: TextIO, row: dict[str, Any]) -> None:
+        try:
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            line = json.dumps(_finite(row, self._note_not_finite), ensure_ascii=False, allow_nan=False)
+        try:
+            file.write(line + "\n")
+            file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{file.name}: cannot be written ({error.strerror}). Make room there, then continue with --resume."
+            ) from error
+
+    def _note_not_finite(self, name: str, value: float) -> None:
+        if name not in self._noted:
+            self._noted.add(name)
+            self.note(f"{name} is {value}: written as null, here and wherever it happens again")
+
+    def _headlines(self, numbers: Mapping[str, float]) -> str:
+        names = [name for name in (self._headline or (*HEADLINES, *numbers)) if name in numbers]
+        shown = list(dict.fromkeys(names))[: len(self._headline) or 3]
+        return "  ".join(f"{name} {numbers[name]:.4g}" for name in shown)
+
+
+def episode_rows(
+    episodes: Iterable[Episode],
+    *,
+    decode: Mapping[str, Callable[[list[int]], str]] | None = None,
+    per_turn: Mapping[str, Iterable[tuple[Turn, float]]] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """One row per episode for `Log.episodes`: task, seed, ending, reward, error, metrics, and its turns.
+
+    A turn says index, role, parent, text and reward. For the roles in `decode` (role → its tokenizer's decode) it also
+    says `seen`: what its prompt adds to the role's previous turn on the branch, or all of the prompt if that was no
+    continuation. `per_turn` adds columns to the turns it names:
+    `{"advantage": zip(turns, advantages_N.tolist(), strict=True)}`.
+    """
+    columns = {name: {id(turn): float(value) for turn, value in pairs} for name, pairs in (per_turn or {}).items()}
+    for episode in episodes:
+        turns = []
+        for turn in episode.turns:
+            said = {"index": turn.index, "role": turn.role, "parent": turn.parent}
+            seen = {"seen": decode[turn.role](_new_ids(episode, turn))} if decode and turn.role in decode else {}
+            extras = {name: values[id(turn)] for name, values in columns.items() if id(turn) in values}
+            turns.append(said | seen | {"text": turn.text, "reward": turn.reward} | extras)
+        yield {
+            "task": episode.task,
+            "seed": episode.seed,
+            "ending": episode.ending,
+            "reward": episode.reward,
+            "error": episode.error,
+            "metrics": dict(episode.metrics),
+            "turns": turns,
+        }
+
+
+def _new_ids(episode: Episode, turn: Turn) -> list[int]:
+    """The part of a prompt that the role had not seen or said before on this branch."""
+    earlier = [other for other in episode.path(turn)[:-1] if other.role == turn.role]
+    known = earlier[-1].prompt + earlier[-1].action if earlier else []
+    return turn.prompt[len(known) :] if turn.prompt[: len(known)] == known else turn.prompt
+
+
+def _cut(path: Path, start: int) -> float:
+    """Keep the whole rows before step `start`; returns the `seconds` of the last one kept, 0 if there is none."""
+    seconds = 0.0
+    if not path.exists():
+        return seconds
+    kept = path.with_name(f".{path.name}.tmp")
+    with path.open("rb") as old, kept.open("wb") as new:
+        for line in old:
+            try:
+                row = json.loads(line)
+            except ValueError:  # half-written when the run was killed
+                continue
+            if row["step"] < start:
+                seconds = row.get("seconds", 0.0)
+                new.write(line.rstrip(b"\n") + b"\n")
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(kept, path)
+    return seconds
+
+
+def _append_to(path: Path) -> TextIO:
+    # A lone surrogate cannot be encoded; written with a backslash it is what JSON writes for it.
+    return path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _finite(value: Any, note: Callable[[str, float], None], name: str = "") -> Any:
+    """The same value with null for every number that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        note(name, value)
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item, note, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item, note, name) for item in value]
+    return value
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+class _Lines:
+    """Progress where nobody watches: whole lines, now and then."""
+
+    def __init__(self, console: Console, *, name: str, total: int, start: int) -> None:
+        self._file, self._prefix, self._total = console.file, f"{name} " if name else "", total
+        self._last: float | None = None
+
+    def show(self, done: int, *, rate: str, times: str, numbers: str) -> None:
+        now = time.monotonic()
+        if self._last is None or now - self._last >= SECONDS_BETWEEN_LINES or done >= self._total:
+            self._last = now
+            self.note(f"{self._prefix}{done}/{self._total}  {rate}  {times}  {numbers}".rstrip())
+
+    def note(self, text: str) -> None:
+        print(text, file=self._file, flush=True)
+
+    def close(self) -> None:
+        """Nothing is pending."""
+
+
+class _Bar:
+    """Progress on a terminal: one live bar, notes above it."""
+
+    def __init__(self, console: Console, *, name: str, total: int, start: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+            console=console,
+        )
+        self._task = self._progress.add_task(name, total=total, completed=start, text="")
+        self._progress.start()
+
+    def show(self, done: int, *, rate: str, times: str, numbers: str) -> None:
+        # The bar's own clocks run on between steps, so `times` is not needed.
+        self._progress.update(self._task, completed=done, text=f"{rate}  {numbers}".rstrip())
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._progress.stop()
