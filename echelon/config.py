@@ -1,24 +1,36 @@
 """Settings: the blocks recipes share, and the strict road from files and flags to one frozen object.
 
-A recipe's `Config` is a frozen dataclass made of numbers, text, tuples, one level of free mapping and blocks like those
-below. `load` resolves it: class defaults < YAML files, left to right < flags. Files and flags go through the same checks,
-every complaint is one line, and `__post_init__` runs once, on the merged values. Knows no model and no environment.
+A recipe's `Config` is a frozen dataclass of numbers, text, tuples, free mappings and blocks like those below. `load`
+resolves it: class defaults < YAML files, left to right < flags. Files and flags go through the same checks, every
+complaint is one line, and `__post_init__` runs once, on the merged values. Knows no model and no environment.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import operator
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tyro
 import yaml
@@ -38,7 +50,7 @@ A mapping in YAML; `--env-settings things=10 chain=true` on the command line. La
 
 
 def demand(config: object, name: str, holds: bool, because: str) -> None:
-    """Raise ConfigError `name = value: because` unless the rule holds. `because` says why it cannot work and what to do."""
+    """Raise ConfigError `name = value: because` unless the rule holds. `because` says why it fails and what to do."""
     if not holds:
         raise ConfigError(f"{name} = {_show(operator.attrgetter(name)(config))}: {because}")
 
@@ -82,7 +94,7 @@ class OptimConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     max_grad_norm: float = 1.0
-    """Longer gradients are scaled down to this norm; inf leaves them alone."""
+    """Longer gradients are scaled down to this norm; 0 leaves them alone."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate moves from its peak to its final value, after warming up."""
     warmup_steps: int = 0
@@ -92,24 +104,27 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         demand(self, "lr", 0 <= self.lr < math.inf, "a step length is finite and not negative. Try 1e-3 or less.")
-        decays = 0 <= self.weight_decay < math.inf
-        demand(self, "weight_decay", decays, "a negative or infinite decay makes weights explode. Give 0 or a little more.")
+        demand(
+            self, "weight_decay", 0 <= self.weight_decay < math.inf, "weights would explode. Give 0 or a little more."
+        )
         averages = all(0 <= beta < 1 for beta in self.betas)
         demand(self, "betas", averages, "running means need decays from 0 up to, not including, 1. Try 0.9 and 0.999.")
-        demand(self, "eps", 0 < self.eps < math.inf, "it keeps the step from dividing by zero. Give a small positive number.")
-        clips = self.max_grad_norm > 0
-        demand(self, "max_grad_norm", clips, "no gradient would be left. Give a positive number, or .inf to clip nothing.")
+        demand(
+            self, "eps", 0 < self.eps < math.inf, "it guards against division by zero. Give a small positive number."
+        )
+        demand(
+            self, "max_grad_norm", self.max_grad_norm >= 0, "a norm is not negative. Give 0 to leave gradients alone."
+        )
         demand(self, "warmup_steps", self.warmup_steps >= 0, "steps are counted from 0. Give 0 to start at the peak.")
-        fraction = 0 <= self.final_lr_fraction <= 1
-        demand(self, "final_lr_fraction", fraction, "it is a part of lr. Give a number from 0 to 1.")
+        demand(self, "final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "it is a part of lr. Give 0 to 1.")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How completions are drawn for training: from the full distribution, so that their log-probabilities are the policy's.
+    """How completions are drawn for training: from the full distribution, so their log-probabilities are the policy's.
 
-    Cutting the tail (top-k, top-p) gives some tokens probability zero and spoils every ratio between old and new policy;
-    those are settings of evaluation.
+    Cutting the tail (top-k, top-p) gives some tokens probability zero and spoils the ratio between new and old policy:
+    it belongs to evaluation.
     """
 
     temperature: float = 1.0
@@ -122,8 +137,7 @@ class SamplingConfig:
     """A completion ends as soon as its text contains one of these."""
 
     def __post_init__(self) -> None:
-        tempered = 0 < self.temperature < math.inf
-        demand(self, "temperature", tempered, "training needs a distribution to draw from. Give a positive number, usually 1.")
+        demand(self, "temperature", 0 < self.temperature < math.inf, "training draws at random. Give 1, or near it.")
         demand(self, "max_tokens", self.max_tokens >= 1, "a completion has at least one token. Give 1 or more.")
         demand(self, "max_prompt_tokens", self.max_prompt_tokens >= 1, "nothing could be asked. Give 1 or more.")
         demand(self, "stop", "" not in self.stop, "every text contains the empty text. Leave it out.")
@@ -131,7 +145,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every run has. A recipe's Config inherits it, adds its own fields, and calls `super().__post_init__()` first."""
+    """What every run has. A recipe's Config inherits it; its `__post_init__` calls `super().__post_init__()` first."""
 
     out: str
     """Run directory: checkpoints, metrics and episodes are written here."""
@@ -199,7 +213,7 @@ def _build(config: type[Config], given: Mapping[str, object], default: object = 
         name, kind = prefix + field.name, _kinds(config)[field.name]
         base = _class_default(field) if default is MISSING else getattr(default, field.name)
         if dataclasses.is_dataclass(kind):
-            values[field.name] = _build(kind, given, base, f"{name}.")  # type: ignore[type-var, arg-type]
+            values[field.name] = _build(kind, given, base, f"{name}.")  # type: ignore[arg-type]
         elif get_origin(kind) is dict:
             entries = {key.removeprefix(f"{name}."): given[key] for key in given if key.startswith(f"{name}.")}
             values[field.name] = {**({} if base is MISSING else base), **entries}
@@ -224,7 +238,7 @@ def _missing(name: str) -> ConfigError:
 def _from_tree(
     settings: Mapping[str, Any], tree: Mapping[object, object], file: str, prefix: str = ""
 ) -> Iterator[tuple[str, object]]:
-    """(dotted name, value of its type) for all a YAML mapping sets."""
+    """(dotted name, value of its type) for all that a YAML mapping sets."""
     around = settings.get(prefix.removesuffix("."))
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -233,34 +247,190 @@ def _from_tree(
             raise ConfigError(f"{file}: unknown key '{name}'.{_suggestion(name, settings)}")
         if dataclasses.is_dataclass(kind) or get_origin(kind) is dict:
             if not isinstance(value, Mapping | None):
-                raise ConfigError(f"{file}: {name} = {_show(value)}: expected keys and values.")
+                raise ConfigError(f"{file}: {name} = {_show(value)}: expected keys and values under it.")
             yield from _from_tree(settings, value or {}, file, f"{name}.")
         else:
-            yield name, _checked([value], kind, f"{file}: {name} = {_show(value)}")
+            yield name, _checked(value, kind, f"{file}: {name} = {_show(value)}")
+
+
+class _Word(str):
+    """One word of the command line. It has the meaning YAML gives it where that fits, and else stands for itself."""
 
 
 def _from_flags(settings: Mapping[str, Any], flags: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """(dotted name, value of its type) for all that flags set. Words have their YAML meaning, or stand for themselves."""
+    """(dotted name, value of its type) for all that flags set."""
     for flag, words in _grouped(flags):
         name = flag.removeprefix("--").replace("-", "_")
-        kind, typed = settings.get(name), " ".join([flag, *words])
-        block, _, leaf = name.rpartition(".")
-        positive = f"{block}.{leaf}".lstrip(".").replace("no_", "", 1) if leaf.startswith("no_") else ""
+        positive = re.sub(r"(^|\.)no_", r"\1", name)
+        kind, typed = settings.get(name), _show(" ".join([flag, *words]))
         if kind is None and settings.get(positive) is bool and not words:
             yield positive, False
         elif kind is None or dataclasses.is_dataclass(kind):
-            raise ConfigError(f"unknown flag '{flag}'.{_suggestion(name, settings, _flag)}")
+            raise ConfigError(f"unknown flag '{flag}'.{_suggestion(name, settings, shown=_flag)}")
         elif get_origin(kind) is dict:
-            for word in words:
-                entry, equals, text = word.partition("=")
-                if not (entry and equals):
-                    raise ConfigError(f"{flag} {word}: expected key=value.")
-                yield f"{name}.{entry}", _checked([_scalar(text), text], get_args(kind)[1], f"{flag} {word}")
+            yield from _entries(name, flag, words, get_args(kind)[1])
         elif get_origin(kind) is tuple:
-            yield name, _checked([words], kind, typed)
+            yield name, _checked(words, kind, typed)
         elif len(words) > 1:
             raise ConfigError(f"unexpected '{words[1]}' after {flag} {words[0]}. Settings files come before the flags.")
-        elif not words and kind is not bool:
-            raise ConfigError(f"{flag}: expected {_expected(kind)} after it.")
+        elif words:
+            yield name, _checked(words[0], kind, typed)
+        elif kind is bool:
+            yield name, True
         else:
-            yield name, _checked([_scalar(words[0]), words[0]] if words else [True], kind, typed)
+            raise ConfigError(f"{flag}: expected {_expected(kind)} after it.")
+
+
+def _entries(name: str, flag: str, words: Sequence[str], kind: Any) -> Iterator[tuple[str, object]]:
+    """The `key=value` words after the flag of a free mapping."""
+    for word in words or [""]:
+        key, equals, value = word.partition("=")
+        typed = _show(f"{flag} {word}")
+        if not (key and equals):
+            raise ConfigError(f"{typed}: expected key=value.")
+        yield f"{name}.{key}", _checked(_Word(value), kind, typed)
+
+
+def _grouped(flags: Sequence[str]) -> Iterator[tuple[str, list[_Word]]]:
+    """Each flag with the words that follow it; `--key=value` is `--key value`, and lets a value begin with `--`."""
+    starts = [at for at, word in enumerate(flags) if word.startswith("--")]
+    if flags and starts[:1] != [0]:
+        raise ConfigError(f"unexpected '{flags[0]}'. Flags look like --key value.")
+    for start, end in itertools.pairwise([*starts, len(flags)]):
+        flag, equals, value = flags[start].partition("=")
+        yield flag, [_Word(word) for word in ([value] if equals else []) + list(flags[start + 1 : end])]
+
+
+def _checked(value: object, kind: Any, where: str) -> object:
+    """`value` as a `kind`, or a ConfigError that says where it was given and what was expected there."""
+    try:
+        return _fit(value, kind)
+    except _Misfit:
+        hint = did_you_mean(str(value), map(str, get_args(kind))) if get_origin(kind) is Literal else ""
+        hint = " Put it in quotes." if kind is str and isinstance(value, bool | int | float) else hint
+        raise ConfigError(f"{where}: expected {_expected(kind)}.{hint}") from None
+
+
+class _Misfit(Exception):
+    """A value is not of the type it has to be."""
+
+
+def _fit(value: object, kind: Any) -> object:
+    """`value` as a `kind`: whole numbers also make floats and lists make tuples; nothing else is converted."""
+    if isinstance(value, _Word):
+        with contextlib.suppress(_Misfit):
+            return _fit(_scalar(str(value)), kind)
+        return _fit(str(value), kind)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal and any(value == choice and type(value) is type(choice) for choice in inner):
+        return value
+    if origin is tuple and isinstance(value, list):
+        inner = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        if len(inner) == len(value):
+            return tuple(_fit(item, kind) for item, kind in zip(value, inner, strict=True))
+    if origin in (Union, UnionType):
+        for member in inner:
+            with contextlib.suppress(_Misfit):
+                return _fit(value, member)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise _Misfit
+
+
+def _expected(kind: Any) -> str:
+    """A type in words, to follow "expected"."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inner))
+    if origin is tuple and inner[1:] == (...,):
+        return f"a list, each {_expected(inner[0])}"
+    if origin is tuple:
+        return f"a list of {len(inner)}: " + ", ".join(map(_expected, inner))
+    if inner:
+        *others, last = map(_expected, inner)
+        return f"{', '.join(others)} or {last}"
+    return words[kind]
+
+
+def _suggestion(name: str, settings: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:
+    """The setting that was meant: nearly this name in its block, this name in another block, or a part of the block."""
+    block, _, leaf = name.rpartition(".")
+    siblings = [other for other in settings if other != name and other.rpartition(".")[0] == block]
+    places = {sibling.rpartition(".")[2]: sibling for sibling in siblings}
+    elsewhere = [other for other in settings if other.endswith(f".{leaf}") or other.startswith(f"{name}.")]
+    meant = [places[close] for close in difflib.get_close_matches(leaf, places, n=1)] or elsewhere
+    return did_you_mean(shown(meant[0]), [shown(meant[0])]) if meant else ""
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _show(value: object) -> str:
+    """A value as one short line, the way it would be written in YAML."""
+    if not isinstance(value, str):
+        value = yaml.dump(value, Dumper=_Dumper, default_flow_style=True).removesuffix("\n...\n")
+    return textwrap.shorten(value, 60, placeholder=" …")
+
+
+def _read(file: Path) -> Mapping[object, object]:
+    """The mapping in a YAML file, nothing for an empty one; one line whatever is wrong with it."""
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        nearby = [path.name for path in file.parent.glob("*.y*ml")]
+        raise ConfigError(f"{file}: no such file.{did_you_mean(file.name, nearby)}") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not a text file (byte {error.start} is not UTF-8).") from error
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{file}: {line}{error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, Mapping | None):
+        raise ConfigError(f"{file}: {_show(tree)}: expected keys and values.")
+    return tree or {}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the scalars of version 1.2: `1e-3` is a number and `no`, `1:30`, `010` are text. No key comes twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is set twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads."""
+
+
+_SCALARS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)",
+    "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+for _yaml in (_Loader, _Dumper):
+    _yaml.yaml_implicit_resolvers = {}
+    for _name, _pattern in _SCALARS.items():
+        _yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"({_pattern})\Z"), None)
+_Dumper.add_representer(
+    tuple, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+)
+
+
+def _scalar(text: str) -> object:
+    """What a plain scalar means in YAML: a number, true or false, null, or the text itself."""
+    loader = _Loader("")
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+    return loader.construct_object(yaml.ScalarNode(tag, text))

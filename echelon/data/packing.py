@@ -6,13 +6,15 @@ turns costs one forward pass, not T.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from echelon.data.replay import Transition
 
 
 class Said(Protocol):
@@ -38,12 +40,16 @@ class Batch:
     """True on sampled tokens: the ones that train."""
     turn: Int[Tensor, "B T"]
     """Which turn a sampled token belongs to; −1 elsewhere."""
+    index_N: Int[Tensor, "N"]
+    """Which turns these rows hold, as numbered in `turn`: all of them, until the batch is split."""
     row_N: Int[Tensor, "N"]
     """Each turn's row."""
     first_N: Int[Tensor, "N"]
     """Position of the first token of each turn's action."""
     last_N: Int[Tensor, "N"]
     """Position of the last token of each turn's action."""
+    turns: int
+    """How many turns were packed; `spread` and `pool` speak of all of them, in every micro-batch."""
     denom: float
     """Summed losses are divided by it: the same in all micro-batches and ranks of one step."""
     rows: Int[Tensor, "B"]
@@ -61,23 +67,39 @@ class Batch:
 
     def pool(self, x_BT: Float[Tensor, "B T"]) -> Float[Tensor, "N"]:
         """Sum over each turn's tokens."""
-        pooled = x_BT.new_zeros(len(self.row_N))
+        pooled = x_BT.new_zeros(self.turns)
         return pooled.index_add(0, self.turn[self.mask], x_BT[self.mask])
 
     def at_end(self, x_N: Float[Tensor, "N"]) -> Float[Tensor, "B T"]:
         """One number per turn, placed on the last token of its action; zero elsewhere."""
         placed = x_N.new_zeros(self.tokens.shape)
-        placed[self.row_N, self.last_N] = x_N
+        placed[self.row_N, self.last_N] = x_N[self.index_N]
         return placed
 
     def split(self, tokens_per_pass: int) -> list[Batch]:
         """Micro-batches of rows of similar length, each at most this many tokens (or one row), `denom` unchanged."""
         return [self._take(torch.tensor(rows)) for rows in group_rows(self.lengths.tolist(), tokens_per_pass)]
 
+    def shuffle_split(self, count: int, *, seed: int) -> list[Batch]:
+        """Mini-batches for separate optimizer steps: rows in random order, each with its own `denom` of sampled tokens."""
+        if count == 1:
+            return [self]
+        order = torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(seed))
+        parts = [self._take(rows) for rows in order.chunk(count)]
+        return [replace(part, denom=float(part.mask.sum()), rows=torch.arange(len(part.rows))) for part in parts]
+
     def _take(self, rows: Int[Tensor, "b"]) -> Batch:
-        width = int(self.lengths[rows].max())
         rows = rows.to(self.tokens.device)
-        taken: dict[str, Any] = {"rows": rows, "lengths": self.lengths[rows]}
+        width = int(self.lengths[rows].max())
+        held, place = _held(self.row_N, rows, len(self.tokens))
+        taken: dict[str, Any] = {
+            "rows": rows,
+            "lengths": self.lengths[rows],
+            "index_N": self.index_N[held],
+            "row_N": place,
+            "first_N": self.first_N[held],
+            "last_N": self.last_N[held],
+        }
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor) and value.ndim == 2:
@@ -86,14 +108,67 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return replace(
-            self,
-            **{
-                field.name: value.to(device)
-                for field in fields(self)
-                if isinstance(value := getattr(self, field.name), Tensor)
-            },
-        )
+        return _moved(self, device)
+
+
+@dataclass(slots=True)
+class CriticBatch:
+    """N transitions laid out in B rows: where each state, action and next state ends, and what the step was worth.
+
+    An episode's states are prefixes of one another, so its transitions usually share one row.
+    """
+
+    tokens: Int[Tensor, "B T"]
+    lengths: Int[Tensor, "B"]
+    index_N: Int[Tensor, "N"]
+    """Which transitions these are, of those that were packed."""
+    row_N: Int[Tensor, "N"]
+    state_N: Int[Tensor, "N"]
+    """Position of the last token of the state: V(s) is read there."""
+    action_N: Int[Tensor, "N"]
+    """Position of the last token of the action: Q(s, a) is read there."""
+    next_row_N: Int[Tensor, "N"]
+    next_N: Int[Tensor, "N"]
+    """Position of the last token of the next state: V(s') is read there. Meaningless where terminated."""
+    reward_N: Float[Tensor, "N"]
+    steps_N: Float[Tensor, "N"]
+    """How many turns the reward spans: V(s') counts γ to this power."""
+    terminated_N: Bool[Tensor, "N"]
+    denom: float
+    """Summed losses are divided by it: the number of transitions of the whole step."""
+    q_target: Float[Tensor, "2 N"] | None = None
+    v_target: Float[Tensor, "2 N"] | None = None
+
+    def split(self, tokens_per_pass: int) -> list[CriticBatch]:
+        """Micro-batches of whole rows, at most this many tokens each (or one row), `denom` unchanged.
+
+        Only for learning, once the targets are there: a next state may lie in a row of another micro-batch.
+        """
+        return [self._take(torch.tensor(rows)) for rows in group_rows(self.lengths.tolist(), tokens_per_pass)]
+
+    def _take(self, rows: Int[Tensor, "b"]) -> CriticBatch:
+        rows = rows.to(self.tokens.device)
+        held, place = _held(self.row_N, rows, len(self.tokens))
+        taken: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and field.name not in ("tokens", "lengths", "row_N"):
+                taken[field.name] = value[..., held]
+        tokens = self.tokens[rows, : int(self.lengths[rows].max())]
+        return replace(self, tokens=tokens, lengths=self.lengths[rows], row_N=place, **taken)
+
+    def to(self, device: torch.device | str) -> CriticBatch:
+        """The same batch on another device."""
+        return _moved(self, device)
+
+
+@dataclass(slots=True)
+class Sampled:
+    """An action drawn in a state outside any episode: what a policy would say there now."""
+
+    prompt: list[int]
+    action: list[int]
+    logprobs: list[float]
 
 
 def pack(turns: Sequence[Said], *, denom: float | None = None) -> Batch:
@@ -121,12 +196,41 @@ def pack(turns: Sequence[Said], *, denom: float | None = None) -> Batch:
         lengths=lengths,
         mask=mask,
         turn=owner,
+        index_N=torch.arange(len(turns)),
         row_N=row_N,
         first_N=first_N,
         last_N=first_N + torch.tensor([len(turn.action) for turn in turns]) - 1,
+        turns=len(turns),
         denom=float(mask.sum()) if denom is None else denom,
         rows=torch.arange(len(ids)),
         logprobs=logprobs,
+    )
+
+
+def pack_transitions(transitions: Sequence[Transition]) -> CriticBatch:
+    """Transitions as rows; give those of one episode together, in order. Each states where its parts end."""
+    ids: list[list[int]] = []
+    places: list[tuple[int, int, int, int, int]] = []
+    for step in transitions:
+        row = _join(ids, step.state, [*step.state, *step.action])
+        ahead = row if step.next_state is None else _join(ids, step.next_state, step.next_state)
+        end = len(step.state) + len(step.action) - 1
+        places.append((row, len(step.state) - 1, end, ahead, len(step.next_state or [0]) - 1))
+    tokens, lengths = pad(ids)
+    row_N, state_N, action_N, next_row_N, next_N = torch.tensor(places).T
+    return CriticBatch(
+        tokens=tokens,
+        lengths=lengths,
+        index_N=torch.arange(len(places)),
+        row_N=row_N,
+        state_N=state_N,
+        action_N=action_N,
+        next_row_N=next_row_N,
+        next_N=next_N,
+        reward_N=torch.tensor([step.reward for step in transitions]),
+        steps_N=torch.tensor([float(step.discount_steps) for step in transitions]),
+        terminated_N=torch.tensor([step.terminated for step in transitions]),
+        denom=float(len(places)),
     )
 
 
@@ -136,12 +240,30 @@ def lay_out(said: Sequence[tuple[list[int], list[int]]]) -> tuple[list[list[int]
     placed: list[tuple[int, int]] = []
     for prompt, action in said:
         assert action, "a turn without tokens cannot be trained on"
-        if rows and prompt[: len(rows[-1])] == rows[-1]:
-            rows[-1] = prompt + action
-        else:
-            rows.append(prompt + action)
-        placed.append((len(rows) - 1, len(prompt)))
+        placed.append((_join(rows, prompt, [*prompt, *action]), len(prompt)))
     return rows, placed
+
+
+def _join(rows: list[list[int]], seen: list[int], ids: list[int]) -> int:
+    """Extend the last row to `ids` if what was seen continues it, else begin a new row; which row it is."""
+    if rows and seen[: len(rows[-1])] == rows[-1]:
+        rows[-1] = ids
+    else:
+        rows.append(ids)
+    return len(rows) - 1
+
+
+def _held(row_N: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Which items lie in the chosen rows, and their new row numbers."""
+    new = torch.full((count,), -1, device=rows.device)
+    new[rows] = torch.arange(len(rows), device=rows.device)
+    held = (new[row_N] >= 0).nonzero()[:, 0]
+    return held, new[row_N[held]]
+
+
+def _moved(batch: Any, device: torch.device | str) -> Any:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
 
 
 def pad(ids: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B"]]:
@@ -163,11 +285,3 @@ def group_rows(lengths: Sequence[int], tokens_per_pass: int) -> Iterator[list[in
         group.append(row)
     if group:
         yield group
-
-
-def by_rows(batch: Batch, tokens_per_pass: int, fn: Callable[[Batch], Tensor]) -> Float[Tensor, "B T"]:
-    """Apply a function of (b, t) → (b, t) to micro-batches and put the results back in the batch's own order."""
-    out = torch.zeros(batch.tokens.shape)
-    for micro in batch.split(tokens_per_pass):
-        out[micro.rows, : micro.tokens.shape[1]] = fn(micro).to(out)
-    return out

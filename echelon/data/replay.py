@@ -6,6 +6,7 @@ Knows tokens and rewards; knows no model, no loss and no padding. What a sample 
 from __future__ import annotations
 
 import json
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,11 @@ class Transition:
 
     def __post_init__(self) -> None:
         assert (self.next_state is None) == self.terminated, "next_state is None exactly when terminated"
+
+    @property
+    def prompt(self) -> list[int]:
+        """The state, under the name `pack` reads: consecutive transitions of an episode join into one row."""
+        return self.state
 
 
 def transitions(episode: Episode, role: str, *, gamma: float, n_step: int = 1) -> list[Transition]:
@@ -162,8 +168,8 @@ class _Stored:
 
     @property
     def nbytes(self) -> int:
-        objects = 4 * 112 + 56 + sum(64 + 4 * len(text) for text in self.texts)  # headers, and text at its widest
-        return self.tokens.nbytes + self.records.nbytes + self.logprobs.nbytes + objects
+        parts = (self.id, self.tokens, self.records, self.logprobs, self.texts, *self.texts)
+        return sys.getsizeof(self) + sum(map(sys.getsizeof, parts))
 
     def get(self, index: int) -> Transition:
         record = dict(zip(_RECORD.names or (), self.records[index].item(), strict=True))
@@ -246,7 +252,7 @@ class Replay:
 
     @property
     def nbytes(self) -> int:
-        """An upper estimate of the memory held, in bytes."""
+        """The memory held, in bytes: arrays, texts, and the objects around them."""
         return sum(stored.nbytes for stored in self._stored)
 
     def add(self, episodes: Iterable[Sequence[Transition]]) -> None:

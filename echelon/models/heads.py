@@ -87,6 +87,12 @@ class UtteranceCritic(nn.Module):
         body = backbone(lm)
         return cls(body if shared_body else copy.deepcopy(body), hidden_size(lm), shared_body=shared_body)
 
+    @torch.no_grad()
+    def start_at(self, value: float) -> None:
+        """Shift all outputs so that learning starts around this value, not around zero."""
+        for head in (*self.q, *self.v):
+            head[-1].bias.fill_(value)  # type: ignore[index]
+
     def target(self) -> UtteranceCritic:
         """A frozen copy to bootstrap from; a borrowed body stays borrowed."""
         twin = copy.deepcopy(self) if not self.shared_body else UtteranceCritic(self._borrowed[0], 1, shared_body=True)

@@ -56,8 +56,10 @@ def load_lm(
 ) -> nn.Module:
     """A causal language model ready to sample and train: dropout off, so that both see the same distribution."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
     _check_folder(path)
+    logging.disable_progress_bar()  # one bar is enough: the run's own
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         _no_dropout(config)

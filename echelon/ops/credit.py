@@ -56,7 +56,7 @@ def token_gae(
     """
     order = torch.argsort((~mask_BT).to(torch.uint8), dim=1, stable=True)  # each row's sampled tokens, then the rest
     sampled = mask_BT.gather(1, order)
-    rewards = torch.where(sampled, rewards_BT.gather(1, order), 0.0)
+    rewards = rewards_BT.gather(1, order)
     values = torch.where(sampled, values_BT.gather(1, order), 0.0)
 
     last = sampled & ~torch.nn.functional.pad(sampled[:, 1:], (0, 1))
@@ -109,11 +109,12 @@ def group_baseline(
     Items with equal keys form a group. The task as key is GRPO (`scale="std"`, unbiased, plus `eps`) or Dr. GRPO
     (`scale="none"`); with `leave_one_out` the mean is that of the *other* members, RLOO; one key for everything with
     `scale="std"` is the whitening of REINFORCE++; the parent turn as key compares answers to the same state. A group of
-    one has nothing to compare with and gets 0.
+    one has nothing to compare with: it is its own mean, and gets 0.
 
-    Two traps. The plain mean contains the item itself, so the expected gradient is (G−1)/G of the true one. And a key
-    that holds the turn *index* compares different states: biased whenever the policy decides when an episode ends
-    (tests/ops/test_exact_gradient.py computes by how much).
+    Three traps, computed exactly in tests/ops/test_exact_gradient.py. The plain mean contains the item itself, so the
+    expected gradient is (G−1)/G of the true one. Subtracting the mean reward of a turn *index*, then summing to go, is
+    biased when the policy decides when an episode ends: it never learns that going on is worth something. And where
+    groups form by coincidence (siblings that happened to get that far), each turn is weighted by the chance of company.
 
     GRPO https://arxiv.org/abs/2402.03300, Dr. GRPO https://arxiv.org/abs/2503.20783, RLOO https://arxiv.org/abs/2402.14740,
     REINFORCE++ https://arxiv.org/abs/2501.03262
@@ -128,7 +129,7 @@ def group_baseline(
         advantages = advantages * (count / others)[group_N]
     if scale == "std":
         advantages = advantages / (spread[group_N] + eps)
-    return torch.where(count[group_N] > 1, advantages, 0.0).to(rewards_N.dtype)
+    return advantages.to(rewards_N.dtype)
 
 
 def zero_variance_groups(rewards_N: Float[Tensor, "N"], keys: Sequence[Hashable]) -> int:

@@ -58,6 +58,7 @@ def counter_uniform(seeds_N: Int64[Tensor, "N"], positions_N: Int64[Tensor, "N"]
 def sample_from(logits_NV: Float[Tensor, "N V"], uniforms_N: Float[Tensor, "N"]) -> Int64[Tensor, "N"]:
     """The token at which each row's cumulative probability passes its uniform number. Never one of probability 0."""
     probs_NV = torch.softmax(logits_NV.double(), -1)
+    # A parallel sum may rise by rounding where nothing is added, so impossible tokens are taken out of it.
     cumulative_NV = torch.where(probs_NV > 0, probs_NV.cumsum(-1), 0.0)
     total_N = cumulative_NV.amax(-1)
     assert bool((total_N > 0).all()), "logits that are NaN, or -inf in a whole row, are not a distribution"

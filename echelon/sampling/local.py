@@ -65,7 +65,9 @@ class _Slots(Cache):
         if self.width > self.capacity:
             self._grow(self.width)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Store this pass's keys and values (rows, heads, tokens, width) and return those of the whole rows."""
         while len(self.keys) <= layer_idx:
             for store in (self.keys, self.values):

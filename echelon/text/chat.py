@@ -147,9 +147,7 @@ class Renderer:
 
     def _template(self, messages: Sequence[Message], *, cue: bool) -> str:
         try:
-            return str(
-                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=cue)
-            )
+            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=cue))
         except Exception as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(

@@ -28,10 +28,10 @@ from safetensors.torch import load_file, save_file
 
 from echelon.errors import CheckpointError, ConfigError
 
-JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 MAY_CHANGE = frozenset({"steps", "resume", "save_every", "keep_last", "threads", "dry_run", "traceback", "out"})
-"""Settings that may differ when a run is resumed, at the top level or in the block `run`."""
+"""Settings that may differ when a run is resumed."""
 
 _STEP = re.compile(r"step_(\d{6,})")
 _UNFINISHED = ".tmp-"
@@ -57,8 +57,8 @@ class Checkpoints:
     A recipe saves step 0 before it trains, so everything that has metrics has a checkpoint: a run killed before that is
     simply started again, and one killed later is resumed. While it is open no other process can claim the directory.
 
-    Raises CheckpointError when another process writes there, when there is a run already and `resume` is False, and when
-    `resume` is True and there is none.
+    Raises CheckpointError when another process writes there, when there is a run already and `resume` is False, and
+    when `resume` is True and there is none.
     """
 
     def __init__(self, folder: Path, *, config_yaml: str, keep_last: int = 2, resume: bool = False) -> None:
@@ -69,6 +69,8 @@ class Checkpoints:
         self.folder = folder
         self._home = folder / "checkpoints"
         self._config_yaml, self._keep_last = config_yaml, keep_last
+        if resume and not self._home.is_dir():
+            raise _nothing_to_resume(folder)
         try:
             self._home.mkdir(parents=True, exist_ok=True)
             self._lock = _claim(folder)
@@ -79,7 +81,12 @@ class Checkpoints:
         try:
             self._clean()
             self._check_start(resume)
-        except BaseException:
+        except OSError as error:
+            self.close()
+            raise CheckpointError(
+                f"{error.filename}: {error.strerror}. Set it right, or choose another --out."
+            ) from error
+        except CheckpointError:
             self.close()
             raise
 
@@ -98,6 +105,7 @@ class Checkpoints:
         final = self._home / f"step_{step:06d}"
         unfinished = self._home / (_UNFINISHED + final.name)
         try:
+            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             self._write(unfinished, step, parts, extra or {})
             self._publish(unfinished, final)
@@ -118,9 +126,9 @@ class Checkpoints:
     def restore(self, parts: Mapping[str, Saveable]) -> tuple[int, dict[str, Any]]:
         """Load every part from the newest whole checkpoint; returns its step and its `extra`.
 
-        A checkpoint that is incomplete or does not match its checksums is skipped, with a notice on stderr; the next save
-        removes it. Raises CheckpointError if none is whole, if a part is missing, or if the config differs in a setting
-        that must not change within a run (`MAY_CHANGE` may; `steps` grows to train longer).
+        A checkpoint that is incomplete or does not match its checksums is skipped, with a notice on stderr; the next
+        save removes it. Raises CheckpointError if none is whole, if a part is missing, or if the config differs in a
+        setting that must not change within a run (`MAY_CHANGE` may; `steps` grows to train longer).
         """
         path = _newest_whole(self._home)
         _check_config((path / "config.yaml").read_text(encoding="utf-8"), self._config_yaml, path)
@@ -162,10 +170,7 @@ class Checkpoints:
 
     def _check_start(self, resume: bool) -> None:
         if resume and not self.steps:
-            raise CheckpointError(
-                f"{self.folder}: there is no checkpoint to resume from. Start without --resume, "
-                "or name the directory of the run with --out."
-            )
+            raise _nothing_to_resume(self.folder)
         metrics = self.folder / "metrics.jsonl"
         begun = bool(self.steps) or (metrics.exists() and metrics.stat().st_size > 0)
         if begun and not resume:
@@ -183,9 +188,10 @@ class Checkpoints:
         (folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
         save_file(_random_state(), folder / "rng.safetensors")
         files = {path.relative_to(folder).as_posix(): _seal(path) for path in _files(folder)}
+        body = {"step": step, "parts": sorted(parts), "files": files}
         manifest = folder / "manifest.json"
-        manifest.write_text(json.dumps({"step": step, "parts": sorted(parts), "files": files}, indent=1))
-        _seal(manifest)
+        manifest.write_text(json.dumps({**body, "sha256": _sha256_of(body)}, indent=1), encoding="utf-8")
+        _sync(manifest)
         for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
             _sync(path)
 
@@ -196,18 +202,15 @@ class Checkpoints:
             final.rename(replaced)
         unfinished.rename(final)
         _sync(self._home)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def _drop_all_but_newest(self, step: int) -> None:
         # Later ones than the step just saved are leftovers that could not be restored: this run will pass them again.
         keep = [other for other in self.steps if other <= step][-self._keep_last :]
         for other, path in _steps(self._home).items():
             if other not in keep:
-                gone = path.rename(
-                    self._home / f"{_UNFINISHED}{path.name}"
-                )  # so that a half-removed one is no candidate
-                shutil.rmtree(gone)
+                gone = path.rename(self._home / f"{_UNFINISHED}{path.name}")  # half removed, it is no candidate
+                shutil.rmtree(gone, ignore_errors=True)  # what is left goes when the run is next opened
 
 
 def find_checkpoint(path: Path, role: str = "actor") -> Path:
@@ -217,7 +220,7 @@ def find_checkpoint(path: Path, role: str = "actor") -> Path:
     """
     if _is_model(path):
         return path
-    if _STEP.fullmatch(path.name) and path.is_dir():
+    if path.is_dir() and (_STEP.fullmatch(path.name) or (path / "manifest.json").is_file()):
         if problem := _problem(path):
             raise CheckpointError(f"{path}: {problem}. Use another checkpoint.")
         checkpoint = path
@@ -230,6 +233,13 @@ def find_checkpoint(path: Path, role: str = "actor") -> Path:
         models = sorted(child.name for child in checkpoint.iterdir() if _is_model(child))
         raise CheckpointError(f"{checkpoint}: holds no model '{role}', but {_listed(models)}. Name one of these roles.")
     return checkpoint / role
+
+
+def _nothing_to_resume(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: there is no checkpoint to resume from. Start without --resume, "
+        "or name the directory of the run with --out."
+    )
 
 
 def _claim(folder: Path) -> int | None:
@@ -281,8 +291,8 @@ def _problem(checkpoint: Path) -> str | None:
         files = _read_manifest(checkpoint)["files"]
     except FileNotFoundError:
         return "it has no manifest.json, so it was not finished"
-    except (ValueError, KeyError):
-        return "its manifest.json is damaged"
+    except (OSError, ValueError) as error:
+        return f"its manifest.json cannot be used ({error})"
     for name, wanted in files.items():
         path = checkpoint / name
         try:
@@ -296,15 +306,17 @@ def _problem(checkpoint: Path) -> str | None:
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_bytes())
-    return {key: manifest[key] for key in ("step", "parts", "files")}
+    manifest = json.loads((checkpoint / "manifest.json").read_bytes())
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _sha256_of(manifest):
+        raise ValueError("it does not match its checksum")
+    return manifest
 
 
 def _check_config(saved: str, given: str, checkpoint: Path) -> None:
     """Raise CheckpointError if a run would continue under other settings than it began with."""
     old, new = dict(_flat(yaml.safe_load(saved))), dict(_flat(yaml.safe_load(given)))
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    if refused := [key for key in differing if key.removeprefix("run.") not in MAY_CHANGE]:
+    if refused := [key for key in differing if key not in MAY_CHANGE]:
         changes = ", ".join(f"{key} ({old.get(key)} → {new.get(key)})" for key in refused)
         raise CheckpointError(
             f"{checkpoint}: it was written with other settings: {changes}. A run keeps its settings. "
@@ -347,6 +359,10 @@ def _files(folder: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _seal(path: Path) -> dict[str, JSON]:

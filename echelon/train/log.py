@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -57,11 +58,12 @@ class Log:
         self._began = time.monotonic()
         self._start, self._total, self._headline = start, total, tuple(headline)
         self._noted: set[str] = set()
-        console = console or Console()
+        # Not what rich thinks of a pipe when colours are forced: escape codes do not belong in a file.
+        watched = console.is_terminal if console else sys.stdout.isatty()
         self._display: _Bar | _Lines | None = None
         if not quiet:
-            display = _Bar if console.is_terminal else _Lines
-            self._display = display(console, name=name, total=total, start=start)
+            display = _Bar if watched else _Lines
+            self._display = display(console or Console(), name=name, total=total, start=start)
 
     @property
     def seconds(self) -> float:

@@ -1,0 +1,150 @@
+"""The command line: finds the recipe, hands it its settings, and says every explained error in one line.
+
+Knows no recipe by name: a recipe is a module with a `Config` and a `main`. Nothing heavy is imported before one runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from echelon import __version__
+from echelon.errors import ConfigError, EchelonError, did_you_mean
+
+USAGE = """\
+usage: echelon <recipe> [file.yaml ...] [--key value ...]
+
+Train language models that act on more than one level. Settings come from the recipe's defaults, then the
+files from left to right, then the flags; later ones win.
+
+recipes
+{recipes}
+
+also
+  echelon <recipe> --help     every setting of a recipe
+  echelon list                the recipes
+  echelon doctor              versions, device, threads and extras of this installation
+  echelon --version
+
+With --traceback, errors come with the place they were raised."""
+
+EXTRAS = {"plot": "matplotlib", "dev": "pytest"}
+"""Extra → a distribution that is there when the extra is."""
+
+CORE = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
+
+
+def main(argv: Sequence[str] | None = None, *, package: str = "echelon.recipes") -> int:
+    """Run one command line and return its exit status: 0 done, 2 an explained error, 130 interrupted.
+
+    Other exceptions are defects, and fly. `package` is where recipes are looked for.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    everything = "--traceback" in words
+    try:
+        _dispatch([word for word in words if word != "--traceback"], package)
+        sys.stdout.flush()
+    except EchelonError as error:
+        print(traceback.format_exc() if everything else " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(traceback.format_exc() if everything else "interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has seen enough; keep the interpreter from flushing into it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def recipes(package: str = "echelon.recipes") -> dict[str, str]:
+    """Recipe → first line of its docstring, in alphabetical order. The modules are parsed, not imported."""
+    spec = importlib.util.find_spec(package)
+    found: dict[str, str] = {}
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for file in Path(folder).glob("[!_]*.py"):
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+            if {"Config", "main"} <= defined:
+                found[file.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return dict(sorted(found.items()))
+
+
+def _dispatch(words: list[str], package: str) -> None:
+    command, rest = (words[0], words[1:]) if words else ("--help", [])
+    if command in ("--help", "-h", "help"):
+        print(USAGE.format(recipes=_table(recipes(package))))
+    elif command in ("--version", "-V"):
+        print(f"echelon {__version__}")
+    elif command == "list":
+        print(_table(recipes(package)))
+    elif command == "doctor":
+        print(_table(_health()))
+    elif command.startswith("-"):
+        raise ConfigError(f"unknown flag '{command}'. The recipe comes first: echelon <recipe> {' '.join(words)}")
+    else:
+        _run(command.replace("-", "_"), rest, package)
+
+
+def _run(recipe: str, words: list[str], package: str) -> None:
+    """Resolve the recipe's settings from files, which come first, and flags; then run it."""
+    known = recipes(package)
+    if recipe not in known:
+        meant = did_you_mean(recipe, [*known, "list", "doctor"])
+        raise ConfigError(f"unknown recipe '{recipe}'.{meant} There are: {', '.join(known)}.")
+    from echelon import config
+
+    module = importlib.import_module(f"{package}.{recipe}")
+    if "--help" in words or "-h" in words:
+        _explain(recipe, module)
+        return
+    split = next((at for at, word in enumerate(words) if word.startswith("-")), len(words))
+    module.main(config.load(module.Config, words[:split], words[split:]))
+
+
+def _explain(recipe: str, module: Any) -> None:
+    """Print a recipe's summary and every setting with its type, its default and the text under the field."""
+    import tyro
+
+    summary = (module.__doc__ or "").partition("\n\n")[0]
+    with contextlib.suppress(SystemExit):
+        tyro.cli(module.Config, prog=f"echelon {recipe} [file.yaml ...]", description=summary, args=["--help"])
+
+
+def _health() -> dict[str, str]:
+    """What this installation consists of and where it would run."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = "cpu" if accelerator is None else f"{accelerator} x {torch.accelerator.device_count()}"
+    return {
+        "echelon": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) or "missing" for name in CORE},
+        "device": device,
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        **{
+            f"extra {extra}": "installed" if _version(name) else f"not installed: pip install 'echelon[{extra}]'"
+            for extra, name in EXTRAS.items()
+        },
+    }
+
+
+def _version(distribution: str) -> str | None:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(distribution)
+    return None
+
+
+def _table(rows: dict[str, str]) -> str:
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in rows.items())

@@ -1,0 +1,10 @@
+"""Environments: what answers the model's words, and when a task is over. Nothing here knows about models or training.
+
+Built in are `twenty_questions`, `guess_number` and `text_lock`; `load_env` finds those and any class of yours,
+`check_env` tells what is wrong with one, and `echelon.envs.players` plays them without a model.
+"""
+
+from echelon.envs.check import check_env
+from echelon.envs.registry import EnvSpec, load_env
+
+__all__ = ["EnvSpec", "check_env", "load_env"]

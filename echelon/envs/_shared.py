@@ -1,0 +1,76 @@
+"""What every environment and every scripted player needs: messages, splits, and plain-or-async calls."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from echelon.errors import ConfigError, did_you_mean
+from echelon.types import Message
+
+T = TypeVar("T")
+
+Player = Callable[[Sequence[Message]], str]
+"""Plays one episode: the dialogue so far, ending with the environment's words, to the next utterance."""
+
+SPLITS = ("train", "test")
+
+
+def user(content: str) -> list[Message]:
+    """What an environment says, as the list of one message that `start` and `step` return."""
+    return [Message(role="user", content=content)]
+
+
+def need_split(game: str, split: str) -> None:
+    """Raise a ConfigError unless `split` is `train` or `test`."""
+    if split not in SPLITS:
+        raise ConfigError(f"{game} has no split '{split}'. Use 'train' or 'test'.{did_you_mean(split, SPLITS)}")
+
+
+def need_at_least(game: str, setting: str, value: int, least: int, why: str) -> None:
+    """Raise a ConfigError when a whole-number setting is below the least that makes sense."""
+    if value < least:
+        raise ConfigError(f"{game}: {setting} = {value}: {why}. Use {least} or more.")
+
+
+def need_kind(game: str, kind: str) -> None:
+    """Raise a ConfigError unless `kind` is one of the scripted players, `random` or `optimal`."""
+    if kind not in ("random", "optimal"):
+        raise ConfigError(f"{game} has no '{kind}' player. Use 'random' or 'optimal'.")
+
+
+def exchanges(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """What was said and what was answered, turn by turn; the opening messages belong to no turn."""
+    pairs: list[tuple[str, str]] = []
+    said: str | None = None
+    for message in messages:
+        if message["role"] == "assistant":
+            said = message["content"]
+        elif said is not None:
+            pairs.append((said, message["content"]))
+            said = None
+    return pairs
+
+
+async def settle(value: Awaitable[T] | T) -> T:
+    """The value of a call that may have been plain or async."""
+    return await value if inspect.isawaitable(value) else value
+
+
+def run_sync(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end from plain code, also inside a notebook that already runs an event loop."""
+    if not _in_event_loop():
+        return asyncio.run(work)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,307 @@
+"""ArCHer: twin Q and V over whole utterances, learned off-policy, tell a token policy which utterances to prefer.
+
+Zhou et al., "ArCHer: Training Language Model Agents via Hierarchical Multi-Turn RL", arXiv 2402.19446. Two levels learn
+at their own pace. The high level sees a dialogue as a Markov decision process whose actions are utterances: from a
+replay, Q(s, a) regresses on r + γ·V̄(s') and V(s) on Q̄(s, a′) with a′ freshly drawn from the current actor; the bars
+are target networks. The low level writes tokens and is rewarded, once per utterance, with min Q − min V.
+
+Deviations from the paper, each a setting or stated in docs/algorithms/archer.md: the critic is a causal model reading
+a whole episode in one pass (not RoBERTa on state and action apart); log-probs are averaged over the tokens of a step,
+not summed per utterance and divided by their number; the policy loss may be PPO's; KL to the starting policy is possible.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from echelon.config import ModelConfig, OptimConfig, RunConfig, SamplingConfig, demand, require, to_yaml
+from echelon.data.packing import Batch, CriticBatch, Said, pack, pack_transitions
+from echelon.data.replay import Replay, Transition, transitions
+from echelon.models.heads import Places, UtteranceCritic
+from echelon.models.lm import token_logprobs, token_logprobs_and_entropy
+from echelon.ops import bellman, losses
+from echelon.ops.masked import explained_variance, masked_whiten
+from echelon.rollout.evaluate import rollout_metrics
+from echelon.rollout.plays import env_loop
+from echelon.rollout.roles import Role, answer_all, collect
+from echelon.rollout.setup import describe, open_actor, open_env, set_threads, task_batch
+from echelon.seeds import derive_seed
+from echelon.train.checkpoint import Checkpoints, Saveable
+from echelon.train.learner import Learner, Weights, average
+from echelon.train.log import Log, episode_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Settings of ArCHer."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The actor: a model folder, a run directory or a hub id."""
+    env: str
+    """The environment: a built-in name, path.py:Class or module:Class."""
+    env_settings: dict[str, str | int | float | bool] = field(default_factory=dict)
+    """Settings of the environment."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How utterances are drawn."""
+    steps: int = 100
+    """Training steps; each plays episodes and updates critic and actor."""
+    episodes_per_step: int = 64
+    """Episodes played per step."""
+    max_turns: int = 100
+    """An episode is cut off (truncated, not terminated) after this many turns."""
+    error_budget: float = 0.1
+    """Fraction of a step's episodes that may fail before the run stops."""
+    gamma: float = 0.95
+    """Discount per turn."""
+    n_step: int = 1
+    """Turns of reward before the critic bootstraps."""
+    replay_capacity: int = 10_000
+    """Transitions kept."""
+    critic_optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer of the critic."""
+    critic_body: Literal["own", "actor"] = "own"
+    """What the critic reads with: its own copy of the actor's body, or the actor's body itself (heads only are learned)."""
+    critic_updates: int = 20
+    """Critic updates per step."""
+    critic_episodes: int = 16
+    """Replayed episodes per critic update."""
+    fresh_updates: int = 10
+    """Critic updates whose episodes and fresh actions are drawn together, in one batch of the sampler."""
+    target: Literal["polyak", "hard"] = "polyak"
+    """How target networks follow."""
+    tau: float = 0.1
+    """Polyak: the fraction of the way the target moves per critic update."""
+    target_every: int = 100
+    """Hard: critic updates between copies."""
+    warmup_steps: int = 5
+    """Steps in which only the critic learns."""
+    actor_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
+    """Optimizer of the actor."""
+    actor_states: Literal["replay", "rollout"] = "replay"
+    """Where the actor learns: replayed states with fresh actions (the paper), or the step's own episodes."""
+    actor_episodes: int = 64
+    """Replayed episodes per actor phase (actor_states = replay)."""
+    actor_epochs: int = 1
+    """Passes over the actor's batch."""
+    actor_minibatches: int = 1
+    """Optimizer steps per pass."""
+    policy_loss: Literal["reinforce", "ppo"] = "reinforce"
+    """Plain policy gradient (on-policy, so one pass), or the clipped surrogate."""
+    clip_low: float = 0.2
+    """PPO: how far the ratio may fall below 1."""
+    clip_high: float = 0.2
+    """PPO: how far the ratio may rise above 1."""
+    whiten: bool = True
+    """Give advantages mean 0 and deviation 1 over the actor's batch."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus, per token."""
+    kl_coef: float = 0.0
+    """Weight of KL(actor ‖ starting policy), per token; 0 keeps no reference."""
+    tokens_per_pass: int = 16384
+    """Most tokens, padding included, in one forward and backward pass."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "env")
+        require(self.model, "path")
+        positive = ("steps", "episodes_per_step", "max_turns", "n_step", "replay_capacity", "critic_updates")
+        positive += ("critic_episodes", "fresh_updates", "actor_episodes", "actor_epochs", "actor_minibatches")
+        for name in (*positive, "target_every", "tokens_per_pass"):
+            demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
+        demand(self, "gamma", 0 <= self.gamma <= 1, "a discount lies between 0 and 1.")
+        demand(self, "tau", 0 < self.tau <= 1, "the target would never move, or overshoot. Give a number in (0, 1].")
+        off_policy = self.policy_loss == "reinforce" and self.actor_epochs * self.actor_minibatches > 1
+        demand(
+            self,
+            "actor_epochs" if self.actor_epochs > 1 else "actor_minibatches",
+            not off_policy,
+            "the policy gradient is on-policy, so it takes one step per batch. Use policy_loss = ppo for more.",
+        )
+
+
+def main(cfg: Config) -> None:
+    """Train; the run directory holds checkpoints, metrics.jsonl and episodes.jsonl."""
+    set_threads(cfg.threads)
+    env = open_env(cfg.env, cfg.env_settings)
+    actor = open_actor(cfg.model, cfg.sampling)
+    steps = max(0, cfg.steps - cfg.warmup_steps) * cfg.actor_epochs * cfg.actor_minibatches
+    policy = Learner(actor.module, cfg.actor_optim, total_steps=steps, name="actor", tokenizer=actor.tokenizer)
+    online = UtteranceCritic.from_lm(actor.module, shared_body=cfg.critic_body == "actor")
+    critic = Learner(online, cfg.critic_optim, total_steps=cfg.steps * cfg.critic_updates, name="critic")
+    target, replay = online.target(), Replay(cfg.replay_capacity)
+    parts: dict[str, Saveable] = {"actor": policy, "critic": critic, "target": Weights(target), "replay": replay}
+    reference = copy.deepcopy(actor.module).requires_grad_(False) if cfg.kl_coef else None
+    if reference is not None:
+        parts["reference"] = Weights(reference)
+    if cfg.dry_run:
+        sampled = cfg.episodes_per_step * cfg.max_turns * cfg.sampling.max_tokens
+        return describe({"actor": actor.module, "critic": online}, tokens_per_step=sampled)
+
+    tasks = env.tasks("train")
+    play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
+    with Checkpoints(Path(cfg.out), config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+        start = checkpoints.restore(parts)[0] if cfg.resume else 0
+        if not cfg.resume:
+            checkpoints.save(0, parts)
+        with Log(Path(cfg.out), total=cfg.steps, start=start, name="archer") as log:
+            for step in range(start, cfg.steps):
+                chosen, seed = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed), derive_seed(cfg.seed, step)
+                episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
+                played = [episode for episode in episodes if episode.ending != "failed"]
+                found = [transitions(episode, "actor", gamma=cfg.gamma, n_step=cfg.n_step) for episode in played]
+                replay.add(found)
+                turns, returns_N = [turn for episode in played for turn in episode.turns], mc_returns(found)
+                if step == 0:
+                    online.start_at(float(returns_N.mean()))
+                    bellman.hard_copy_(target, online)
+
+                metrics = update_critic(cfg, step, critic, target, replay, actor.role)
+                batch = pack(turns)
+                q_2N, v_2N = judge(online, batch, cfg.tokens_per_pass)
+                if step >= cfg.warmup_steps:
+                    metrics |= update_actor(cfg, step, policy, reference, online, batch, replay, actor.role)
+                    actor.sampler.load(policy.weights(), policy.version)
+
+                everywhere = torch.ones_like(returns_N, dtype=torch.bool)
+                metrics["critic/explained_variance"] = float(explained_variance(v_2N.mean(0), returns_N, everywhere))
+                log.metrics(step, {**rollout_metrics(episodes), **metrics})
+                per_turn = {"value": v_2N.amin(0), "advantage": q_2N.amin(0) - v_2N.amin(0)}
+                columns = {name: zip(turns, x_N.tolist(), strict=True) for name, x_N in per_turn.items()}
+                log.episodes(step, episode_rows(episodes[:8], per_turn=columns))
+                if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+                    checkpoints.save(step + 1, parts)
+
+
+def update_critic(
+    cfg: Config, step: int, critic: Learner, target: UtteranceCritic, replay: Replay, role: Role
+) -> dict[str, float]:
+    """The high level: twin Q towards r + γ·V̄(s'), twin V towards Q̄(s, a′), the target network following."""
+    logged = []
+    for done in range(0, cfg.critic_updates, cfg.fresh_updates):
+        seed = derive_seed(cfg.seed, "critic", step, done)
+        updates = min(cfg.fresh_updates, cfg.critic_updates - done)
+        drawn = replay.sample_episodes(cfg.critic_episodes * updates, seed=seed)
+        states = [transition.state for episode in drawn for transition in episode]
+        fresh = iter(asyncio.run(answer_all(role, states, seed=seed)))
+        for update in range(updates):
+            some = drawn[update * cfg.critic_episodes : (update + 1) * cfg.critic_episodes]
+            chosen = [transition for episode in some for transition in episode]
+            batch = with_targets(cfg, target, chosen, [next(fresh) for _ in chosen])
+            logged.append(critic.update(batch.split(cfg.tokens_per_pass), critic_loss))
+            if cfg.target == "polyak":
+                bellman.polyak_(target, critic.module, cfg.tau)
+            elif critic.version % cfg.target_every == 0:
+                bellman.hard_copy_(target, critic.module)
+    return {f"critic/{name}": value for name, value in average(logged).items()}
+
+
+def with_targets(
+    cfg: Config, target: UtteranceCritic, chosen: Sequence[Transition], fresh: Sequence[Said]
+) -> CriticBatch:
+    """Rows of transitions, with what Q and V shall be there."""
+    batch = pack_transitions(chosen).to(next(target.parameters()).device)
+    nowhere = Places(batch.row_N[:0], batch.row_N[:0])
+    with torch.no_grad():
+        _, next_v_2N = target(batch.tokens, nowhere, Places(batch.next_row_N, batch.next_N))
+    gamma_N = cfg.gamma**batch.steps_N
+    batch.q_target = bellman.td_target(batch.reward_N, next_v_2N, gamma=gamma_N, terminated=batch.terminated_N)
+    batch.v_target = judge(target, pack(fresh), cfg.tokens_per_pass)[0].to(batch.tokens.device)
+    return batch
+
+
+def critic_loss(module: nn.Module, batch: CriticBatch) -> tuple[Tensor, dict[str, float]]:
+    """Mean squared error of both Q and both V, each against its own target."""
+    q_target = losses.require(batch.q_target, "q_target", "Call with_targets first.")
+    v_target = losses.require(batch.v_target, "v_target", "Call with_targets first.")
+    q_2N, v_2N = module(batch.tokens, Places(batch.row_N, batch.action_N), Places(batch.row_N, batch.state_N))
+    q_loss = losses.squared_error(q_2N, q_target).sum() / batch.denom
+    v_loss = losses.squared_error(v_2N, v_target).sum() / batch.denom
+    means = {"q_mean": q_2N.mean(0).sum() / batch.denom, "q_target": q_target.mean(0).sum() / batch.denom}
+    stats = {"q_loss": q_loss, "v_loss": v_loss, "v_mean": v_2N.mean(0).sum() / batch.denom, **means}
+    return q_loss + v_loss, {name: value.item() for name, value in stats.items()}
+
+
+@torch.no_grad()
+def judge(critic: UtteranceCritic, batch: Batch, tokens_per_pass: int) -> tuple[Tensor, Tensor]:
+    """Twin Q of every packed action and twin V of the state it answered, (2, N) each, on the CPU."""
+    q_2N, v_2N = torch.zeros(2, batch.turns), torch.zeros(2, batch.turns)
+    for micro in batch.split(tokens_per_pass):
+        micro = micro.to(next(critic.parameters()).device)
+        q, v = critic(micro.tokens, Places(micro.row_N, micro.last_N), Places(micro.row_N, micro.first_N - 1))
+        q_2N[:, micro.index_N], v_2N[:, micro.index_N] = q.cpu(), v.cpu()
+    return q_2N, v_2N
+
+
+def update_actor(
+    cfg: Config,
+    step: int,
+    policy: Learner,
+    reference: nn.Module | None,
+    critic: UtteranceCritic,
+    batch: Batch,
+    replay: Replay,
+    role: Role,
+) -> dict[str, float]:
+    """The low level: every token of an utterance gets min Q − min V of that utterance."""
+    if cfg.actor_states == "replay":
+        seed = derive_seed(cfg.seed, "actor", step)
+        drawn = replay.sample_episodes(cfg.actor_episodes, seed=seed)
+        states = [transition.state for episode in drawn for transition in episode]
+        batch = pack(asyncio.run(answer_all(role, states, seed=seed)))
+    q_2N, v_2N = judge(critic, batch, cfg.tokens_per_pass)
+    advantages_N = q_2N.amin(0) - v_2N.amin(0)
+    spread = float(advantages_N.std())
+    if cfg.whiten:
+        advantages_N = masked_whiten(advantages_N, torch.ones_like(advantages_N, dtype=torch.bool))
+    batch.advantages = batch.spread(advantages_N)
+    if reference is not None:
+        batch.ref_logprobs = reference_logprobs(cfg, reference, batch)
+    loss_fn = partial(policy_loss, cfg=cfg)
+    logged = []
+    for epoch in range(cfg.actor_epochs):
+        for part in batch.shuffle_split(cfg.actor_minibatches, seed=derive_seed(cfg.seed, "minibatch", step, epoch)):
+            logged.append(policy.update(part.split(cfg.tokens_per_pass), loss_fn))
+    first = {"advantage_std": spread, "first_mismatch": logged[0]["mismatch/max"]}
+    return {f"policy/{name}": value for name, value in {**average(logged), **first}.items()}
+
+
+def policy_loss(module: nn.Module, batch: Batch, *, cfg: Config) -> tuple[Tensor, dict[str, float]]:
+    """Policy gradient or clipped surrogate, less the entropy bonus, plus KL to the starting policy."""
+    logprobs, entropy = token_logprobs_and_entropy(module, batch, temperature=cfg.sampling.temperature)
+    old = losses.require(batch.logprobs, "logprobs", "The sampler must return them.")
+    advantages = losses.require(batch.advantages, "advantages", "Judge the batch first.")
+    clipped, stats = losses.clipped_surrogate(
+        logprobs, old, advantages, batch.mask, low=cfg.clip_low, high=cfg.clip_high
+    )
+    loss = clipped if cfg.policy_loss == "ppo" else losses.reinforce(logprobs, advantages, batch.mask)
+    loss = loss - cfg.entropy_coef * entropy
+    stats |= {"entropy": entropy, "mismatch/max": (logprobs - old).abs().detach()}
+    if cfg.kl_coef:
+        ref = losses.require(batch.ref_logprobs, "ref_logprobs", "kl_coef needs the starting policy's log-probs.")
+        stats["kl_to_start"] = losses.kl_k3(logprobs, ref, batch.mask)
+        loss = loss + cfg.kl_coef * losses.kl_k2(logprobs, ref, batch.mask)  # k2: its gradient is that of KL(π‖π_ref)
+    return losses.token_sum(loss, batch.mask, batch.denom), losses.reduce_stats(stats, batch.mask, batch.denom)
+
+
+@torch.no_grad()
+def reference_logprobs(cfg: Config, reference: nn.Module, batch: Batch) -> Tensor:
+    """log-probs of the batch's tokens under the starting policy."""
+    out = torch.zeros(batch.tokens.shape)
+    for micro in batch.split(cfg.tokens_per_pass):
+        logprobs = token_logprobs(reference, micro.to(next(reference.parameters()).device), temperature=cfg.sampling.temperature)
+        out[micro.rows, : logprobs.shape[1]] = logprobs.cpu()
+    return out
+
+
+def mc_returns(found: Sequence[Sequence[Transition]]) -> Tensor:
+    """Discounted return to go of every turn, in order."""
+    return torch.tensor([transition.mc_return for episode in found for transition in episode])

@@ -1,0 +1,68 @@
+"""What a set of episodes is worth: means with bootstrap intervals, and the numbers people compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from echelon.seeds import derive_seed
+from echelon.types import Episode
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def bootstrap(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """The mean, and the interval that holds 95 % of the means of samples drawn from the values with replacement."""
+    assert len(values) > 0, "no values"
+    sample = np.asarray(values, dtype=np.float64)
+    draws = np.random.default_rng(derive_seed(seed, "bootstrap")).integers(0, len(sample), (resamples, len(sample)))
+    low, high = np.quantile(sample[draws].mean(1), [0.025, 0.975])
+    return Estimate(float(sample.mean()), float(low), float(high), len(sample))
+
+
+def summarise(episodes: Sequence[Episode]) -> dict[str, Estimate]:
+    """`return`, `turns`, and every number the environment reported, over the episodes that did not fail."""
+    played = [episode for episode in episodes if episode.ending != "failed"]
+    assert played, "every episode failed"
+    found = {
+        "return": bootstrap([episode.reward for episode in played]),
+        "turns": bootstrap([float(len(episode.turns)) for episode in played]),
+        "length": bootstrap([float(sum(len(turn.action) for turn in episode.turns)) for episode in played]),
+    }
+    for name in sorted({name for episode in played for name in episode.metrics} - set(found)):
+        found[name] = bootstrap([episode.metrics[name] for episode in played if name in episode.metrics])
+    return found
+
+
+def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """What every training step logs about its episodes. Failed ones are counted and otherwise left out."""
+    played = [episode for episode in episodes if episode.ending != "failed"]
+    turns = [turn for episode in played for turn in episode.turns]
+    texts = [turn.text for turn in turns]
+    rewards = np.array([episode.reward for episode in played])
+    metrics = {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "episode/turns": len(turns) / len(played),
+        "episode/failed": float(len(episodes) - len(played)),
+        "episode/truncated": float(np.mean([episode.ending == "truncated" for episode in played])),
+        "turn/tokens": float(np.mean([len(turn.action) for turn in turns])),
+        "turn/cut_off": float(np.mean([turn.stop == "length" for turn in turns])),
+        "turn/distinct": len(set(texts)) / len(texts),
+    }
+    for name in sorted({name for episode in played for name in episode.metrics}):
+        metrics[f"episode/{name}"] = float(np.mean([e.metrics[name] for e in played if name in e.metrics]))
+    return metrics

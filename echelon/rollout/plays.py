@@ -1,0 +1,41 @@
+"""How the levels interact: coroutines that fill an episode with turns, rewards and an ending."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from echelon.rollout.roles import Role
+from echelon.types import Env, Episode, Play, Task, Turn
+
+T = TypeVar("T")
+
+
+def env_loop(make: Callable[[Task], Env], actor: Role, *, max_turns: int = 1000) -> Play:
+    """One role in one environment until it ends, or is cut off after `max_turns` (truncated, not terminated)."""
+
+    async def play(task: Task, episode: Episode) -> None:
+        env = make(task)
+        messages = await _resolve(env.start())
+        turn: Turn | None = None
+        for _ in range(max_turns):
+            turn = await actor.act(episode, messages, turn)
+            step = await _resolve(env.step(turn.text))
+            turn.reward += step.reward
+            episode.metrics.update(step.info)
+            messages = step.messages
+            if step.terminated:
+                episode.ending = "terminated"
+                return
+            if step.truncated:
+                break
+        episode.ending = "truncated"
+        # What follows was not played, but its value still counts. An environment may end without a last observation.
+        episode.final = actor.state(episode, messages or [{"role": "user", "content": ""}], turn)
+
+    return play
+
+
+async def _resolve(value: T | Awaitable[T]) -> T:
+    return await value if inspect.isawaitable(value) else value

@@ -1,0 +1,103 @@
+"""Opening what a run needs before its loop: an environment that passes its check, a model ready to act, tasks in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from echelon.config import ModelConfig, SamplingConfig
+from echelon.envs import EnvSpec, check_env, load_env
+from echelon.errors import CheckpointError
+from echelon.models.lm import count_parameters, load_lm, load_tokenizer
+from echelon.rollout.roles import Role
+from echelon.sampling.local import LocalSampler
+from echelon.seeds import derive_seed
+from echelon.text.chat import Renderer
+from echelon.train.checkpoint import find_checkpoint
+from echelon.types import SamplingParams, Task
+
+
+@dataclass(slots=True)
+class Actor:
+    """A language model that acts: the module that learns, the engine that samples from it, the role it plays."""
+
+    module: nn.Module
+    tokenizer: Any
+    sampler: LocalSampler
+    role: Role
+
+
+def open_env(name: str, settings: Mapping[str, Any]) -> EnvSpec:
+    """The environment, checked by playing a few episodes, so that its defects show before any training."""
+    spec = load_env(name, settings)
+    check_env(spec, episodes=2)
+    return spec
+
+
+def open_actor(
+    model: ModelConfig, sampling: SamplingConfig, *, name: str = "actor", params: SamplingParams | None = None
+) -> Actor:
+    """Load a model and give it a role. The path may be a model folder, a hub id, a run directory or a checkpoint."""
+    path = model_path(model.path)
+    tokenizer = load_tokenizer(path)
+    renderer = Renderer(tokenizer, max_tokens=sampling.max_prompt_tokens)
+    module = load_lm(
+        path,
+        dtype=model.dtype,
+        attention=model.attention,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+    )
+    sampler = LocalSampler(module, tokenizer)
+    params = params or SamplingParams(
+        max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop
+    )
+    return Actor(module, tokenizer, sampler, Role(name, sampler, renderer, params))
+
+
+def model_path(path: str) -> str:
+    """Where the Hugging Face folder is that a user means by a model folder, a checkpoint, a run directory or a hub id."""
+    if not Path(path).is_dir():
+        return path
+    try:
+        return str(find_checkpoint(Path(path)))
+    except CheckpointError:
+        if (Path(path) / "checkpoints").exists():
+            raise
+        return path  # not a run: the loader says what is missing
+
+
+def task_batch(tasks: Sequence[Task], step: int, count: int, *, seed: int) -> list[Task]:
+    """The tasks of one step: each epoch is a new order of all tasks. A function of the step, so resuming needs no state."""
+    picked: list[Task] = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, place = divmod(position, len(tasks))
+        order = np.random.default_rng(derive_seed(seed, "tasks", epoch)).permutation(len(tasks))
+        picked.append(tasks[int(order[place])])
+    return picked
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads for tensor work; 0 leaves torch's own choice."""
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def describe(modules: Mapping[str, nn.Module], *, tokens_per_step: int) -> None:
+    """What `--dry-run` prints: parameters, the memory to train them, and the most tokens a step can have."""
+    for name, module in modules.items():
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+        training = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+        print(
+            f"{name}: {type(module).__name__}, {count_parameters(module):,} parameters, "
+            f"{sum(parameter.numel() for parameter in trained):,} trained; {weights / 2**20:.1f} MiB of weights, "
+            f"{training / 2**20:.1f} MiB more for gradients and optimizer state"
+        )
+    print(f"tokens per step: at most {tokens_per_step:,}")

@@ -1,0 +1,286 @@
+"""Losses against numbers worked out by hand, and masks out of which nothing leaks."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echelon.errors import DataError, EchelonError
+from echelon.ops import losses
+
+numbers = st.floats(-5, 5, width=32)
+
+
+def tensor(*values: float, **options) -> torch.Tensor:
+    return torch.tensor(values, **options)
+
+
+def surrogate_of_ratio(ratio: float, advantage: float, **options):
+    loss, stats = losses.clipped_surrogate(tensor(math.log(ratio)), tensor(0.0), tensor(advantage), **options)
+    return loss.item(), stats["clipped"].item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "dual", "loss", "clipped"),
+    [
+        (1.5, 2.0, None, -2.4, 1),
+        (0.5, -1.0, None, 0.8, 1),
+        (0.7, 1.0, None, -0.7, 0),
+        (4.0, -1.0, None, 4.0, 0),
+        (4.0, -1.0, 3.0, 3.0, 1),
+        (2.0, -1.0, 3.0, 2.0, 0),
+        (4.0, 1.0, 3.0, -1.2, 1),
+    ],
+)
+def test_the_clipped_surrogate_by_hand(ratio, advantage, dual, loss, clipped):
+    assert surrogate_of_ratio(ratio, advantage, dual=dual) == (pytest.approx(loss), clipped)
+
+
+def test_the_statistics_by_hand():
+    _, stats = losses.clipped_surrogate(tensor(math.log(1.5)), tensor(0.0), tensor(2.0))
+    assert stats["ratio"].item() == pytest.approx(1.5)
+    assert stats["kl"].item() == pytest.approx(0.5 - math.log(1.5), abs=1e-6)
+
+
+def test_the_two_sides_clip_separately():
+    assert surrogate_of_ratio(1.5, 1.0, low=0.2, high=0.3)[0] == pytest.approx(-1.3)
+    assert surrogate_of_ratio(0.5, -1.0, low=0.4, high=0.2)[0] == pytest.approx(0.6)
+
+
+def test_an_unchanged_policy_has_ratio_one_no_clipping_and_loss_minus_the_advantage():
+    logprobs, advantages = torch.randn(2, 3), torch.randn(2, 3)
+    loss, stats = losses.clipped_surrogate(logprobs, logprobs, advantages)
+    assert loss.equal(-advantages)
+    assert stats["ratio"].equal(torch.ones(2, 3))
+    assert stats["ratio/max"].equal(torch.ones(2, 3))
+    assert not stats["clipped"].any()
+    assert not stats["kl"].any()
+
+
+def test_an_unchanged_policy_has_the_policy_gradient():
+    logprobs, advantages = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+    loss, _ = losses.clipped_surrogate(logprobs, logprobs.detach(), advantages)
+    (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
+    (expected,) = torch.autograd.grad(losses.reinforce(logprobs, advantages).sum(), logprobs)
+    assert gradient.equal(expected)
+
+
+def test_a_clipped_token_has_no_gradient():
+    logprobs = tensor(math.log(1.5), math.log(0.5), math.log(4.0), requires_grad=True)
+    loss, stats = losses.clipped_surrogate(logprobs, torch.zeros(3), tensor(2.0, -1.0, -1.0), dual=3.0)
+    loss.sum().backward()
+    assert stats["clipped"].tolist() == [1, 1, 1]
+    assert logprobs.grad.tolist() == [0, 0, 0]
+
+
+def test_absurd_ratios_stay_finite():
+    logprobs = tensor(500.0, 500.0, -500.0, requires_grad=True)
+    loss, stats = losses.clipped_surrogate(logprobs, torch.zeros(3), tensor(1.0, -1.0, 1.0))
+    (loss + losses.kl_k3(logprobs, torch.zeros(3)) + losses.kl_k3(-logprobs, torch.zeros(3))).sum().backward()
+    assert loss.isfinite().all()
+    assert stats["kl"].isfinite().all()
+    assert logprobs.grad.isfinite().all()
+
+
+def test_kl_estimators_by_hand():
+    logprobs, reference = tensor(-1.0), tensor(-1.5)
+    assert losses.kl_k1(logprobs, reference).item() == pytest.approx(0.5)
+    assert losses.kl_k2(logprobs, reference).item() == pytest.approx(0.125)
+    assert losses.kl_k3(logprobs, reference).item() == pytest.approx(0.1065307)
+
+
+def expected_gradient(estimator, logits, reference):
+    """Exact expectation over tokens sampled from the policy, the sampling not differentiated, as in training."""
+    logprobs = torch.log_softmax(logits, -1)
+    loss = (logprobs.exp().detach() * estimator(logprobs, torch.log_softmax(reference, -1))).sum()
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def test_k3_keeps_its_digits_when_the_policies_are_close():
+    """e^x − x − 1 computed in that order would be rounding noise of either sign: x²/2 is 5e-9 here."""
+    assert losses.kl_k3(tensor(0.0), tensor(1e-4)).item() == pytest.approx(5.0e-9, rel=0.01)
+    _, stats = losses.clipped_surrogate(tensor(1e-4), tensor(0.0), tensor(1.0))
+    assert stats["kl"].item() == pytest.approx(5.0e-9, rel=0.01)
+
+
+def test_which_divergence_each_estimator_descends_as_a_loss():
+    logits = tensor(0.3, -1.0, 2.0, dtype=torch.float64, requires_grad=True)
+    reference = tensor(1.0, 0.5, -0.5, dtype=torch.float64)
+    (forward,) = torch.autograd.grad(losses.categorical_kl(logits, reference), logits)
+    q, logprobs = reference.softmax(-1), logits.log_softmax(-1)
+    (reverse,) = torch.autograd.grad((q * (q.log() - logprobs)).sum(), logits)
+    assert expected_gradient(losses.kl_k1, logits, reference).abs().max() < 1e-12
+    torch.testing.assert_close(expected_gradient(losses.kl_k2, logits, reference), forward)
+    torch.testing.assert_close(expected_gradient(losses.kl_k3, logits, reference), reverse)
+
+
+def test_k1_and_k3_are_unbiased_estimates():
+    logits, reference = torch.randn(2, 5, dtype=torch.float64)
+    logprobs, ref_logprobs = logits.log_softmax(-1), reference.log_softmax(-1)
+    exact = losses.categorical_kl(logits, reference)
+    for estimator in (losses.kl_k1, losses.kl_k3):
+        torch.testing.assert_close((logprobs.exp() * estimator(logprobs, ref_logprobs)).sum(), exact)
+
+
+@given(numbers, numbers)
+def test_k3_is_never_negative(logprob, reference):
+    assert losses.kl_k3(tensor(logprob), tensor(reference)) >= 0
+
+
+def test_clipped_value_by_hand():
+    assert losses.clipped_value(tensor(1.0), tensor(0.5), tensor(2.0), clip=0.2).item() == pytest.approx(0.845)
+    assert losses.clipped_value(tensor(0.6), tensor(0.5), tensor(2.0), clip=0.2).item() == pytest.approx(0.98)
+
+
+def test_squared_error_and_huber_by_hand():
+    assert losses.squared_error(tensor(1.0, -1.0), tensor(3.0, -1.0)).tolist() == [4, 0]
+    assert losses.huber(tensor(-0.5, 3.0), delta=1.0).tolist() == [0.125, 2.5]
+    assert losses.huber(tensor(3.0), delta=2.0).item() == 4.0
+
+
+def test_expectile_by_hand_and_its_minimiser():
+    torch.testing.assert_close(losses.expectile(tensor(1.0, -1.0), tau=0.9), tensor(0.9, 0.1))
+    targets = tensor(0.0, 1.0)  # the minimiser weighs the upper one 9 to 1
+    loss_at = [losses.expectile(targets - value, tau=0.9).sum().item() for value in (0.89, 0.9, 0.91)]
+    assert min(loss_at) == loss_at[1]
+
+
+def test_preferences_by_hand():
+    assert losses.pairwise(tensor(1.2), tensor(0.2)).item() == pytest.approx(0.313262, abs=1e-6)
+    assert losses.pairwise(tensor(1.2), tensor(0.2), margin=0.5).item() == pytest.approx(0.474077, abs=1e-6)
+    assert losses.pairwise(tensor(1.2), tensor(0.2), tensor(0.5)).item() == pytest.approx(0.474077, abs=1e-6)
+
+
+def test_advantage_weights_by_hand_and_bounded():
+    weights = losses.awr(tensor(-1.0, -1.0, -1.0), tensor(0.7, 0.0, 900.0), beta=1.0, clamp=20.0)
+    torch.testing.assert_close(weights, tensor(2.013753, 1.0, 20.0))
+    assert losses.awr(tensor(-2.0), tensor(3.0), beta=0.0).equal(losses.nll(tensor(-2.0)))
+
+
+def test_targets_and_advantages_are_constants():
+    constant = torch.ones(2, requires_grad=True)
+    moving = torch.zeros(2, requires_grad=True)
+    total = (
+        losses.reinforce(moving, constant)
+        + losses.awr(moving, constant)
+        + losses.squared_error(moving, constant)
+        + losses.clipped_value(moving, constant, constant)
+        + losses.clipped_surrogate(moving, constant, constant)[0]
+    )
+    total.sum().backward()
+    assert constant.grad is None
+    assert moving.grad is not None
+
+
+def test_entropy_by_hand():
+    assert losses.entropy(torch.zeros(1, 4)).item() == pytest.approx(math.log(4))
+    assert losses.entropy(tensor(0.0, -math.inf, 0.0)).item() == pytest.approx(math.log(2))
+    assert losses.entropy(tensor(1000.0, 0.0)).item() == 0
+
+
+def test_exact_divergence_by_hand():
+    certain, fair = tensor(0.0, -math.inf), tensor(0.0, 0.0)
+    assert losses.categorical_kl(certain, fair).item() == pytest.approx(math.log(2))
+    assert losses.categorical_kl(fair, fair).item() == 0
+    assert losses.categorical_kl(fair, certain).item() == math.inf
+
+
+def test_impossible_choices_leave_finite_gradients():
+    logits = tensor(0.0, -math.inf, 1.0, requires_grad=True)
+    (losses.entropy(logits) + losses.categorical_kl(logits, tensor(0.5, -math.inf, 0.0))).backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[1] == 0
+
+
+MASK = torch.tensor([[True, False, True], [False, False, True], [False, False, False]])
+
+
+def test_every_token_or_every_row_weighs_the_same():
+    x = tensor([1.0, math.nan, 2.0], [math.inf, 0.0, 6.0], [9.0, 9.0, 9.0])
+    assert losses.token_sum(x, MASK, 3.0) == 3.0
+    assert losses.row_mean(x, MASK, 2.0) == 3.75
+
+
+@pytest.mark.parametrize("reduction", [losses.token_sum, losses.row_mean])
+def test_micro_batches_add_up_to_the_batch(reduction):
+    x = torch.randn(3, 3)
+    whole = reduction(x, MASK, 3.0)
+    parts = sum(reduction(x[i : i + 1], MASK[i : i + 1], 3.0) for i in range(3))
+    torch.testing.assert_close(parts, whole)
+
+
+def test_statistics_add_up_and_maxima_are_maximised():
+    stats = {"kl": tensor([1.0, 50.0, 2.0], [50.0, 50.0, 3.0], [50.0, 50.0, math.nan])}
+    stats["kl/max"] = stats["kl"]
+    assert losses.reduce_stats(stats, MASK, 3.0) == {"kl": 2.0, "kl/max": 3.0}
+    assert losses.reduce_stats(stats, torch.zeros_like(MASK), 3.0) == {"kl": 0.0, "kl/max": -math.inf}
+    assert losses.reduce_stats({}, MASK, 3.0) == {}
+
+
+MASKED_LOSSES = {
+    "reinforce": (losses.reinforce, 2),
+    "clipped_surrogate": (lambda *x: losses.clipped_surrogate(*x, dual=3.0)[0], 3),
+    "awr": (losses.awr, 2),
+    "squared_error": (losses.squared_error, 2),
+    "clipped_value": (losses.clipped_value, 3),
+    "kl_k1": (losses.kl_k1, 2),
+    "kl_k2": (losses.kl_k2, 2),
+    "kl_k3": (losses.kl_k3, 2),
+}
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("name", MASKED_LOSSES)
+def test_junk_outside_the_mask_reaches_neither_loss_nor_gradient(name, junk):
+    loss_fn, inputs = MASKED_LOSSES[name]
+    clean = [torch.randn(3, 3) for _ in range(inputs)]
+    results = []
+    for fill in (0.0, junk):
+        subject, *rest = (torch.where(MASK, x, fill) for x in clean)
+        subject.requires_grad_()
+        loss = losses.token_sum(loss_fn(subject, *rest, MASK), MASK, 3.0)
+        results.append((loss, *torch.autograd.grad(loss, subject)))
+    (loss, gradient), (loss_with_junk, gradient_with_junk) = results
+    assert loss_with_junk.equal(loss)
+    assert gradient_with_junk.equal(gradient)
+    assert gradient_with_junk[~MASK].tolist() == [0.0] * 6
+    assert gradient_with_junk[MASK].abs().sum() > 0
+
+
+def test_statistics_ignore_junk_outside_the_mask():
+    junk = torch.where(MASK, 0.0, math.nan)
+    _, stats = losses.clipped_surrogate(junk, junk, junk, MASK)
+    numbers = losses.reduce_stats(stats, MASK, 3.0)
+    assert numbers == {"ratio": 1.0, "ratio/max": 1.0, "clipped": 0.0, "kl": 0.0}
+
+
+def test_losses_are_float32_at_least():
+    half = torch.ones(2, dtype=torch.bfloat16)
+    single = (
+        losses.nll(half),
+        losses.reinforce(half, half),
+        losses.clipped_surrogate(half, half, half)[0],
+        losses.huber(half),
+        losses.expectile(half, 0.7),
+        losses.entropy(half),
+        losses.pairwise(half, half),
+        losses.token_sum(half[None], torch.ones(1, 2, dtype=torch.bool), 1.0),
+    )
+    assert {loss.dtype for loss in single} == {torch.float32}
+    assert losses.reinforce(half.double(), half.double()).dtype == torch.float64
+
+
+def test_a_missing_tensor_is_an_error_that_says_what_to_do():
+    present = torch.ones(2)
+    assert losses.require(present, "ref_logprobs", "Set kl_coef to 0.") is present
+    with pytest.raises(DataError, match=r"ref_logprobs is missing .* not zero\. Set kl_coef to 0\.") as caught:
+        losses.require(None, "ref_logprobs", "Set kl_coef to 0.")
+    assert isinstance(caught.value, EchelonError)
+
+
+def test_tensors_of_different_shapes_are_refused():
+    """(N,) against (N, 1) would silently compare every value with every target."""
+    with pytest.raises(Exception, match=r"shape|Type-check"):
+        losses.squared_error(torch.ones(3), torch.ones(3, 1))
