@@ -31,7 +31,7 @@ class Batch:
     """B rows of T tokens holding N turns. Position t describes token t given the tokens before it.
 
     Rows are padded on the right and say how long they are, so no padding id and no attention mask is needed: a causal
-    model never lets a token see what comes after it.
+    model never lets a token see what comes after it. Only rows with branches (`pack_branches`) say who sees whom.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -44,10 +44,12 @@ class Batch:
     """Which turns these rows hold, as numbered in `turn`: all of them, until the batch is split."""
     row_N: Int[Tensor, "N"]
     """Each turn's row."""
-    first_N: Int[Tensor, "N"]
-    """Position of the first token of each turn's action."""
+    state_N: Int[Tensor, "N"]
+    """Column of the last token of the state each turn answered."""
     last_N: Int[Tensor, "N"]
-    """Position of the last token of each turn's action."""
+    """Column of the last token of each turn's action."""
+    before: Int[Tensor, "B T"]
+    """Column of the token before each token: the hidden state that predicts it."""
     turns: int
     """How many turns were packed; `spread` and `pool` speak of all of them, in every micro-batch."""
     denom: float
@@ -60,6 +62,10 @@ class Batch:
     ref_logprobs: Float[Tensor, "B T"] | None = None
     values: Float[Tensor, "B T"] | None = None
     returns: Float[Tensor, "B T"] | None = None
+    positions: Int[Tensor, "B T"] | None = None
+    """Place of each token in its own sequence, where that is not its column."""
+    visible: Bool[Tensor, "B T T"] | None = None
+    """Which tokens (last axis) each token may see, where that is not all before it."""
 
     def spread(self, x_N: Float[Tensor, "N"]) -> Float[Tensor, "B T"]:
         """One number per turn, given to each of its tokens; zero elsewhere."""
@@ -97,13 +103,15 @@ class Batch:
             "lengths": self.lengths[rows],
             "index_N": self.index_N[held],
             "row_N": place,
-            "first_N": self.first_N[held],
+            "state_N": self.state_N[held],
             "last_N": self.last_N[held],
         }
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor) and value.ndim == 2:
                 taken[field.name] = value[rows, :width]
+        if self.visible is not None:
+            taken["visible"] = self.visible[rows, :width, :width]
         return replace(self, **taken)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -171,26 +179,64 @@ class Sampled:
     logprobs: list[float]
 
 
-def pack(turns: Sequence[Said], *, denom: float | None = None) -> Batch:
+def pack(turns: Sequence[Said]) -> Batch:
     """Turns as rows. A turn that continues the row of the turn before it joins that row.
 
-    Give the turns of one role, episode by episode. `denom` is the number of sampled tokens unless said otherwise.
-    Behaviour log-probs are packed when the turns carry them.
+    Give the turns of one role, episode by episode. `denom` is the number of sampled tokens; behaviour log-probs are
+    packed when the turns carry them.
     """
-    if not turns:
-        raise ValueError("no turns to pack")
-    ids, placed = lay_out([(turn.prompt, turn.action) for turn in turns])
-    tokens, lengths = pad(ids)
+    rows, placed = lay_out([(turn.prompt, turn.action) for turn in turns])
+    return _filled(turns, rows, [(row, start - 1, start) for row, start in placed])
+
+
+def pack_branches(turns: Sequence[Said]) -> Batch:
+    """Turns as rows in which several actions may branch off one conversation: its states are computed once for all.
+
+    Made for one fresh action per state of an episode, or many per state: consecutive turns whose prompts are prefixes
+    of one another share a row, the longest prompt first in it and every action after that, each seeing only its own
+    prompt and itself.
+    """
+    trunks: list[list[int]] = []
+    owner: list[int] = []
+    for turn in turns:
+        assert turn.action, "a turn without tokens cannot be trained on"
+        if trunks and turn.prompt[: len(trunks[-1])] == trunks[-1]:
+            trunks[-1] = turn.prompt
+        elif not (trunks and trunks[-1][: len(turn.prompt)] == turn.prompt):
+            trunks.append(turn.prompt)
+        owner.append(len(trunks) - 1)
+    rows = [list(trunk) for trunk in trunks]
+    placed: list[tuple[int, int, int]] = []
+    for turn, row in zip(turns, owner, strict=True):
+        placed.append((row, len(turn.prompt) - 1, len(rows[row])))
+        rows[row] += turn.action
+    batch = _filled(turns, rows, placed)
+    columns = torch.arange(batch.tokens.shape[1])
+    positions = columns.repeat(len(rows), 1)
+    trunk_B = torch.tensor([len(trunk) for trunk in trunks])
+    visible = (columns <= columns[:, None]) & (columns < trunk_B[:, None, None])
+    for turn, (row, state, start) in zip(turns, placed, strict=True):
+        stop = start + len(turn.action)
+        positions[row, start:stop] = state + 1 + torch.arange(len(turn.action))
+        visible[row, start:stop, state + 1 :] = False
+        visible[row, start:stop, start:stop] = torch.ones(stop - start, stop - start).tril().bool()
+    return replace(batch, positions=positions, visible=visible | torch.eye(len(columns), dtype=torch.bool))
+
+
+def _filled(turns: Sequence[Said], rows: list[list[int]], placed: list[tuple[int, int, int]]) -> Batch:
+    """The batch of turns whose (row, column of the state's last token, column of the action's first) are given."""
+    tokens, lengths = pad(rows)
     mask, owner = torch.zeros_like(tokens, dtype=torch.bool), torch.full_like(tokens, -1)
+    before = (torch.arange(tokens.shape[1]) - 1).clamp_min(0).repeat(len(rows), 1)
     logprobs = torch.zeros(tokens.shape) if all(hasattr(turn, "logprobs") for turn in turns) else None
-    for index, (turn, (row, start)) in enumerate(zip(turns, placed, strict=True)):
+    for index, (turn, (row, state, start)) in enumerate(zip(turns, placed, strict=True)):
         stop = start + len(turn.action)
         mask[row, start:stop] = True
         owner[row, start:stop] = index
+        before[row, start] = state
         if logprobs is not None:
             logprobs[row, start:stop] = torch.tensor(turn.logprobs)  # type: ignore[attr-defined]
-    row_N = torch.tensor([row for row, _ in placed])
-    first_N = torch.tensor([start for _, start in placed])
+    row_N, state_N, first_N = torch.tensor(placed).T
     return Batch(
         tokens=tokens,
         lengths=lengths,
@@ -198,11 +244,12 @@ def pack(turns: Sequence[Said], *, denom: float | None = None) -> Batch:
         turn=owner,
         index_N=torch.arange(len(turns)),
         row_N=row_N,
-        first_N=first_N,
+        state_N=state_N,
         last_N=first_N + torch.tensor([len(turn.action) for turn in turns]) - 1,
+        before=before,
         turns=len(turns),
-        denom=float(mask.sum()) if denom is None else denom,
-        rows=torch.arange(len(ids)),
+        denom=float(mask.sum()),
+        rows=torch.arange(len(rows)),
         logprobs=logprobs,
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -78,6 +78,7 @@ class UtteranceCritic(nn.Module):
             self._borrowed = (body,)  # in a tuple, so that it is not registered as a submodule
         else:
             self.body = body
+        self.config = body.config
         self.q = nn.ModuleList([_mlp(width) for _ in range(2)])
         self.v = nn.ModuleList([_mlp(width) for _ in range(2)])
 
@@ -101,14 +102,14 @@ class UtteranceCritic(nn.Module):
         return twin.requires_grad_(False)
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], q_at: Places, v_at: Places
+        self, tokens: Int[Tensor, "B T"], q_at: Places, v_at: Places, **attention: Any
     ) -> tuple[Float[Tensor, "2 Q"], Float[Tensor, "2 V"]]:
-        """Twin Q at the positions `q_at` and twin V at `v_at`, float32."""
+        """Twin Q at the positions `q_at` and twin V at `v_at`, float32. `attention`: see `attention_inputs`."""
         if self.shared_body:
             with torch.no_grad():
-                hidden = self._borrowed[0](input_ids=tokens, use_cache=False).last_hidden_state
+                hidden = self._borrowed[0](input_ids=tokens, use_cache=False, **attention).last_hidden_state
         else:
-            hidden = self.body(input_ids=tokens, use_cache=False).last_hidden_state
+            hidden = self.body(input_ids=tokens, use_cache=False, **attention).last_hidden_state
         q = torch.stack([head(hidden[q_at.row, q_at.column])[..., 0] for head in self.q])
         v = torch.stack([head(hidden[v_at.row, v_at.column])[..., 0] for head in self.v])
         return q.float(), v.float()

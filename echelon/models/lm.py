@@ -135,19 +135,6 @@ def token_logprobs_and_entropy(
     return _on_sampled(batch, logprobs_M), _on_sampled(batch, entropy_M)
 
 
-def selected_hidden(module: nn.Module, tokens: Tensor, selected: Tensor, **inputs: Any) -> Float[Tensor, "M H"]:
-    """What the LM head would read, at selected positions: `selected` is (B, T') bool with T' ≤ T."""
-    found: list[Tensor] = []
-
-    def take(hidden: Tensor) -> Tensor:
-        found.append(hidden[:, : selected.shape[1]][selected])
-        return hidden[:1, -1:]
-
-    with head_reads(module, take):
-        module(input_ids=tokens, use_cache=False, **inputs)
-    return found[0]
-
-
 @contextmanager
 def head_reads(module: nn.Module, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within, the LM head sees `choose(hidden)` instead of all hidden states: any architecture, no wasted logits."""
@@ -157,6 +144,40 @@ def head_reads(module: nn.Module, choose: Callable[[Tensor], Tensor]) -> Iterato
         yield
     finally:
         hook.remove()
+
+
+class AttentionForm:
+    """Who may attend to whom, in the form a model takes it: one mask, or one per kind of layer."""
+
+    def __init__(self, module: nn.Module) -> None:
+        config: Any = module.config
+        config = config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        self.mixed = {"full_attention", "sliding_attention"} <= kinds
+        self.window: int | None = getattr(config, "sliding_window", None) if kinds != {"full_attention"} else None
+        self.additive = config._attn_implementation == "eager"
+
+    def __call__(self, visible: Tensor, distance: Tensor, dtype: torch.dtype) -> Any:
+        """From what each token may see and how far back that lies, both (rows, 1, queries, keys)."""
+        if self.window is None:
+            return self._form(visible, dtype)
+        near = self._form(visible & (distance < self.window), dtype)
+        return {"full_attention": self._form(visible, dtype), "sliding_attention": near} if self.mixed else near
+
+    def _form(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
+        if not self.additive:
+            return visible
+        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return bias.masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def attention_inputs(module: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Positions and mask of rows with branches, as the model takes them; nothing for plain rows."""
+    if batch.visible is None or batch.positions is None:
+        return {}
+    distance = batch.positions[:, None, :, None] - batch.positions[:, None, None, :]
+    mask = AttentionForm(module)(batch.visible[:, None], distance, next(module.parameters()).dtype)
+    return {"position_ids": batch.positions, "attention_mask": mask}
 
 
 def output_head(module: nn.Module) -> nn.Module:
@@ -199,8 +220,17 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def _before_sampled(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    predicts = batch.mask[:, 1:]  # position t − 1 predicts token t
-    return selected_hidden(module, batch.tokens, predicts), batch.tokens[:, 1:][predicts]
+    """Hidden states that predict the sampled tokens, and those tokens: the only shift by one there is."""
+    found: list[Tensor] = []
+    row, column = batch.mask.nonzero(as_tuple=True)
+
+    def take(hidden: Tensor) -> Tensor:
+        found.append(hidden[row, batch.before[row, column]])
+        return hidden[:1, -1:]
+
+    with head_reads(module, take):
+        module(input_ids=batch.tokens, use_cache=False, **attention_inputs(module, batch))
+    return found[0], batch.tokens[row, column]
 
 
 def _on_sampled(batch: Batch, values_M: Tensor) -> Float[Tensor, "B T"]:

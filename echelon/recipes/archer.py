@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from echelon.config import ModelConfig, OptimConfig, RunConfig, SamplingConfig, demand, require, to_yaml
-from echelon.data.packing import Batch, CriticBatch, Said, pack, pack_transitions
+from echelon.data.packing import Batch, CriticBatch, Said, pack, pack_branches, pack_transitions
 from echelon.data.replay import Replay, Transition, transitions
 from echelon.models.heads import Places, UtteranceCritic
-from echelon.models.lm import token_logprobs, token_logprobs_and_entropy
+from echelon.models.lm import attention_inputs, token_logprobs, token_logprobs_and_entropy
 from echelon.ops import bellman, losses
 from echelon.ops.masked import explained_variance, masked_whiten
 from echelon.rollout.evaluate import rollout_metrics
@@ -214,7 +214,7 @@ def with_targets(
         _, next_v_2N = target(batch.tokens, nowhere, Places(batch.next_row_N, batch.next_N))
     gamma_N = cfg.gamma**batch.steps_N
     batch.q_target = bellman.td_target(batch.reward_N, next_v_2N, gamma=gamma_N, terminated=batch.terminated_N)
-    batch.v_target = judge(target, pack(fresh), cfg.tokens_per_pass)[0].to(batch.tokens.device)
+    batch.v_target = judge(target, pack_branches(fresh), cfg.tokens_per_pass)[0].to(batch.tokens.device)
     return batch
 
 
@@ -236,7 +236,8 @@ def judge(critic: UtteranceCritic, batch: Batch, tokens_per_pass: int) -> tuple[
     q_2N, v_2N = torch.zeros(2, batch.turns), torch.zeros(2, batch.turns)
     for micro in batch.split(tokens_per_pass):
         micro = micro.to(next(critic.parameters()).device)
-        q, v = critic(micro.tokens, Places(micro.row_N, micro.last_N), Places(micro.row_N, micro.first_N - 1))
+        q_at, v_at = Places(micro.row_N, micro.last_N), Places(micro.row_N, micro.state_N)
+        q, v = critic(micro.tokens, q_at, v_at, **attention_inputs(critic, micro))
         q_2N[:, micro.index_N], v_2N[:, micro.index_N] = q.cpu(), v.cpu()
     return q_2N, v_2N
 
@@ -256,7 +257,7 @@ def update_actor(
         seed = derive_seed(cfg.seed, "actor", step)
         drawn = replay.sample_episodes(cfg.actor_episodes, seed=seed)
         states = [transition.state for episode in drawn for transition in episode]
-        batch = pack(asyncio.run(answer_all(role, states, seed=seed)))
+        batch = pack_branches(asyncio.run(answer_all(role, states, seed=seed)))
     q_2N, v_2N = judge(critic, batch, cfg.tokens_per_pass)
     advantages_N = q_2N.amin(0) - v_2N.amin(0)
     spread = float(advantages_N.std())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from echelon.models.lm import head_reads
+from echelon.models.lm import AttentionForm, head_reads
 from echelon.ops.sampling import counter_uniform, restrict_logits, sample_from
 from echelon.types import Completion, SamplingParams, StopReason
 
@@ -119,36 +119,6 @@ class _Text:
         return self.text
 
 
-class _Masks:
-    """Who may attend to what, in the form this model takes it: one mask, or one per kind of layer."""
-
-    def __init__(self, module: nn.Module) -> None:
-        config = module.config.get_text_config()  # type: ignore[operator, union-attr]
-        kinds = set(getattr(config, "layer_types", None) or ())
-        window = getattr(config, "sliding_window", None)
-        self.mixed = {"full_attention", "sliding_attention"} <= kinds
-        self.window = window if kinds != {"full_attention"} else None
-        self.additive = config._attn_implementation == "eager"
-
-    def __call__(self, positions: Tensor, width: int, dtype: torch.dtype) -> Any:
-        """For tokens at `positions` (rows × tokens) over keys 0 … width − 1."""
-        keys = torch.arange(width, device=positions.device)
-        allowed = keys <= positions[:, None, :, None]
-        if self.window is None:
-            return self._form(allowed, dtype)
-        near = allowed & (keys > positions[:, None, :, None] - self.window)
-        if not self.mixed:
-            return self._form(near, dtype)
-        return {"full_attention": self._form(allowed, dtype), "sliding_attention": self._form(near, dtype)}
-
-    def _form(self, allowed: Tensor, dtype: torch.dtype) -> Tensor:
-        if not self.additive:
-            return allowed
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
-        )
-
-
 class LocalSampler:
     """Samples from a Hugging Face causal LM in this process. Concurrent calls of `sample` are batched.
 
@@ -162,7 +132,7 @@ class LocalSampler:
         self.version = version
         self.slots = slots
         self._weight = next(module.parameters())
-        self._masks = _Masks(module)
+        self._form = AttentionForm(module)
         self._waiting: list[_Request] = []
         self._running: list[_Request] = []
         self._pump: asyncio.Task[None] | None = None
@@ -218,21 +188,43 @@ class LocalSampler:
 
     @torch.inference_mode()
     def _prefill(self) -> None:
+        """Admit whoever fits. Those whose conversation is resident continue it; of the others, each prefix that
+        several share is computed once, in one of them, and copied to the rest."""
         if not self._running and self._fingerprint() != self._weights:
             self._forget()  # the module was trained since: keys and values of the old weights are void
-        admitted = []
-        while self._waiting and self._idle:
-            request = self._waiting.pop(0)
-            admitted.append((request, self._place(request)))
-        self._running += [request for request, _ in admitted]
-        admitted.sort(key=lambda pair: len(pair[0].prompt) - pair[1])
+        count = len(self._idle)
+        admitted, self._waiting = self._waiting[:count], self._waiting[count:]
+        fresh: list[tuple[_Request, int]] = []
+        unknown = [request for request in admitted if not self._continues(request, fresh)]
+        followers: list[tuple[_Request, _Request, int]] = []
+        leader: _Request | None = None
+        for request in sorted(unknown, key=lambda request: request.prompt, reverse=True):
+            shared = 0 if leader is None else _shared(leader.prompt, request.prompt)
+            if leader is not None and shared >= SHARE_FROM:
+                followers.append((request, leader, shared))
+            else:
+                leader = request
+                fresh.append((request, self._begin(request)))
+        self._prefill_all(fresh)
+        copied = []
+        for request, leader, shared in followers:
+            self._occupy(request, next(iter(self._idle)))
+            known = min(shared, len(leader.prompt) - 1, len(request.prompt) - 1)
+            self._cache.copy_prefix(leader.slot, request.slot, known)
+            self._ids[request.slot] = request.prompt[:known]
+            copied.append((request, known))
+        self._prefill_all(copied)
+        self._running += admitted
+
+    def _prefill_all(self, admitted: list[tuple[_Request, int]]) -> None:
+        """Compute what is not yet known of each prompt, rows of similar length together."""
         group: list[tuple[_Request, int]] = []
-        for pair in admitted:
-            fresh = len(pair[0].prompt) - pair[1] - 1
+        for pair in sorted(admitted, key=lambda pair: len(pair[0].prompt) - pair[1]):
+            fresh = len(pair[0].prompt) - pair[1] - 1  # the prompt's last token is fed by the first decoding step
             if group and (len(group) + 1) * fresh > PREFILL_TOKENS:
                 self._prefill_group(group)
                 group = []
-            if fresh:  # the last token of the prompt is fed by the first decoding step
+            if fresh:
                 group.append(pair)
         if group:
             self._prefill_group(group)
@@ -249,25 +241,31 @@ class LocalSampler:
         for request, _ in group:
             self._ids[request.slot] = request.prompt[:-1]
 
-    def _place(self, request: _Request) -> int:
-        """Give a request a slot, and say how many tokens of its prompt are already in it."""
+    def _continues(self, request: _Request, fresh: list[tuple[_Request, int]]) -> bool:
+        """Take the slot of the conversation this prompt continues, if it is resident and idle."""
         prompt = request.prompt
         for length in sorted(self._lengths, reverse=True):
             if length < len(prompt) and (slots := self._found.get(tuple(prompt[:length]))):
-                request.slot = slots[0]
-                self._take(request.slot)
-                return length
+                self._occupy(request, slots[0])
+                fresh.append((request, length))
+                return True
+        return False
+
+    def _begin(self, request: _Request) -> int:
+        """Take the slot idle for longest; how many first tokens of the prompt could be copied from another one."""
         slot = next(iter(self._idle))
-        known, source = self._longest_shared(prompt)
+        known, source = self._longest_shared(request.prompt)
+        self._occupy(request, slot)
+        if known < SHARE_FROM:
+            known = 0
+        elif source != slot:
+            self._cache.copy_prefix(source, slot, known)
+        self._ids[slot] = request.prompt[:known]
+        return known
+
+    def _occupy(self, request: _Request, slot: int) -> None:
         self._take(slot)
         request.slot = slot
-        if known >= SHARE_FROM:
-            if source != slot:
-                self._cache.copy_prefix(source, slot, known)
-        else:
-            known = 0
-        self._ids[slot] = prompt[:known]
-        return known
 
     def _take(self, slot: int) -> None:
         del self._idle[slot]
@@ -284,13 +282,8 @@ class LocalSampler:
         """The most first tokens of a prompt that some slot holds, and the slot. The prompt's last token never counts."""
         best, source = 0, -1
         for slot, ids in enumerate(self._ids):
-            limit = min(len(ids), len(prompt) - 1)
-            if limit <= best or ids[: best + 1] != prompt[: best + 1]:
-                continue
-            shared = best + 1
-            while shared < limit and ids[shared] == prompt[shared]:
-                shared += 1
-            best, source = shared, slot
+            if len(ids) > best and ids[: best + 1] == prompt[: best + 1]:
+                best, source = min(_shared(ids, prompt), len(prompt) - 1), slot
         return best, source
 
     @torch.inference_mode()
@@ -334,11 +327,12 @@ class LocalSampler:
         device = self._weight.device
         tokens, positions = tokens.to(device), positions.to(device)
         self._cache.view(rows.to(device) if isinstance(rows, Tensor) else rows, positions)
+        distance = positions[:, None, :, None] - torch.arange(self._cache.width, device=device)
         with head_reads(self.module, lambda hidden: hidden[:, -1:]):
             output = self.module(
                 input_ids=tokens,
                 position_ids=positions,
-                attention_mask=self._masks(positions, self._cache.width, self._weight.dtype),
+                attention_mask=self._form(distance >= 0, distance, self._weight.dtype),
                 past_key_values=self._cache,
                 use_cache=True,
             )
@@ -379,3 +373,15 @@ class LocalSampler:
             said = request.tokens[:-1] if ended else request.tokens
             text = str(self.tokenizer.decode(said, skip_special_tokens=True))
             request.done.set_result(Completion(request.tokens, request.logprobs, text, reason, self.version))
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many first tokens two sequences have in common."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

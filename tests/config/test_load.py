@@ -31,7 +31,7 @@ class Config(RunConfig):
     """Sampling."""
     group_size: int = 4
     """Siblings."""
-    scale: Literal["none", "std", 2] = "std"
+    scale: Literal["none", "std", 1] = "std"
     """Scale."""
     limit: float | None = None
     """Limit."""
@@ -90,6 +90,14 @@ def test_free_settings_merge_key_by_key_and_have_their_yaml_meaning(tmp_path: Pa
     }
 
 
+def test_free_settings_add_to_what_the_recipe_has() -> None:
+    @dataclass(frozen=True)
+    class Small:
+        free: Settings = field(default_factory=lambda: {"a": 1, "b": 2})
+
+    assert load(Small, flags=("--free", "b=3")).free == {"a": 1, "b": 3}
+
+
 def test_an_empty_file_and_an_empty_block_change_nothing(tmp_path: Path) -> None:
     assert resolve(tmp_path, "", "# nothing yet\n", "optim:\nenv_settings:\n") == Config(out="runs/x", env="maze")
 
@@ -129,9 +137,9 @@ def test_text_takes_words_as_they_are() -> None:
 
 
 def test_lists_choices_and_optional_values() -> None:
-    flags = ("--optim.betas", "0.8", "1e-1", "--scale", "2", "--limit", "3", "--sampling.stop")
+    flags = ("--optim.betas", "0.8", "1e-1", "--scale", "1", "--limit", "3", "--sampling.stop")
     config = load(Config, flags=(*NEEDED, *flags))
-    assert (config.optim.betas, config.scale, config.limit, config.sampling.stop) == ((0.8, 0.1), 2, 3.0, ())
+    assert (config.optim.betas, config.scale, config.limit, config.sampling.stop) == ((0.8, 0.1), 1, 3.0, ())
     assert load(Config, flags=(*NEEDED, *flags, "--limit", "null")).limit is None
 
 
@@ -157,7 +165,7 @@ def test_lists_choices_and_optional_values() -> None:
         ("sampling: {stop: [1]}", "a.yaml: sampling.stop = [1]: expected a list, each text."),
         ("optim: {betas: [1]}", "a.yaml: optim.betas = [1]: expected a list of 2: a number, a number."),
         ("limit: none", "a.yaml: limit = none: expected a number or null."),
-        ("scale: true", "a.yaml: scale = true: expected one of none, std, 2."),
+        ("scale: true", "a.yaml: scale = true: expected one of none, std, 1."),
         (
             "optim: {schedule: cosin}",
             "a.yaml: optim.schedule = cosin: expected one of constant, linear, cosine. Did you mean 'cosine'?",
@@ -218,7 +226,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (("--seed", "a\nb"), "--seed a b: expected a whole number."),
         (("--seed", "1", "b.yaml"), "unexpected 'b.yaml' after --seed 1. Settings files come before the flags."),
         (("--resume", "b.yaml"), "--resume b.yaml: expected true or false."),
-        (("--scale", "sdt"), "--scale sdt: expected one of none, std, 2. Did you mean 'std'?"),
+        (("--scale", "sdt"), "--scale sdt: expected one of none, std, 1. Did you mean 'std'?"),
         (("--optim.betas", "1"), "--optim.betas 1: expected a list of 2: a number, a number."),
         (("--env-settings", "things"), "--env-settings things: expected key=value."),
         (("--env-settings",), "--env-settings: expected key=value."),
