@@ -126,7 +126,7 @@ class LocalSampler:
     for longest is forgotten (and prefilled again should it come back).
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any, *, slots: int = 128, version: int = 0) -> None:
+    def __init__(self, module: nn.Module, tokenizer: Any, *, slots: int = 256, version: int = 0) -> None:
         self.module = module
         self.tokenizer = tokenizer
         self.version = version
@@ -183,8 +183,9 @@ class LocalSampler:
                 raise
 
     def _admissible(self) -> bool:
-        """Prefill in batches: when a quarter of the running batch has gathered, or nothing runs."""
-        return bool(self._waiting) and bool(self._idle) and 4 * len(self._waiting) >= len(self._running)
+        """Prefill in batches: once as many can join as are a third of those that run, or nothing runs."""
+        ready = min(len(self._waiting), len(self._idle))
+        return ready > 0 and 3 * ready >= len(self._running)
 
     @torch.inference_mode()
     def _prefill(self) -> None:
@@ -200,7 +201,7 @@ class LocalSampler:
         leader: _Request | None = None
         for request in sorted(unknown, key=lambda request: request.prompt, reverse=True):
             shared = 0 if leader is None else _shared(leader.prompt, request.prompt)
-            if leader is not None and shared >= SHARE_FROM:
+            if leader is not None and shared >= max(SHARE_FROM, len(request.prompt) // 2):
                 followers.append((request, leader, shared))
             else:
                 leader = request
