@@ -46,6 +46,8 @@ class Batch:
     """Each turn's row."""
     state_N: Int[Tensor, "N"]
     """Column of the last token of the state each turn answered."""
+    first_N: Int[Tensor, "N"]
+    """Column of the first token of each turn's action."""
     last_N: Int[Tensor, "N"]
     """Column of the last token of each turn's action."""
     before: Int[Tensor, "B T"]
@@ -104,6 +106,7 @@ class Batch:
             "index_N": self.index_N[held],
             "row_N": place,
             "state_N": self.state_N[held],
+            "first_N": self.first_N[held],
             "last_N": self.last_N[held],
         }
         for field in fields(self):
@@ -134,7 +137,7 @@ class CriticBatch:
     state_N: Int[Tensor, "N"]
     """Position of the last token of the state: V(s) is read there."""
     action_N: Int[Tensor, "N"]
-    """Position of the last token of the action: Q(s, a) is read there."""
+    """Position of the last token of the action, which follows the state at once."""
     next_row_N: Int[Tensor, "N"]
     next_N: Int[Tensor, "N"]
     """Position of the last token of the next state: V(s') is read there. Meaningless where terminated."""
@@ -245,6 +248,7 @@ def _filled(turns: Sequence[Said], rows: list[list[int]], placed: list[tuple[int
         index_N=torch.arange(len(turns)),
         row_N=row_N,
         state_N=state_N,
+        first_N=first_N,
         last_N=first_N + torch.tensor([len(turn.action) for turn in turns]) - 1,
         before=before,
         turns=len(turns),

@@ -37,6 +37,11 @@ class TokenValue(nn.Module):
         """A value model whose body starts as a copy of the language model's."""
         return cls(copy.deepcopy(backbone(lm)), hidden_size(lm))
 
+    @torch.no_grad()
+    def start_at(self, value: float) -> None:
+        """Shift all values so that learning starts around this one, not around zero."""
+        self.head.bias.fill_(value)
+
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Float32 values; the one at t has seen token t and all before it."""
         hidden = self.body(input_ids=tokens, use_cache=False).last_hidden_state
@@ -57,18 +62,29 @@ def token_values(module: nn.Module, batch: Batch) -> tuple[Float[Tensor, "B T"],
 
 @dataclass(slots=True)
 class Places:
-    """Positions (row, column) in a batch of rows."""
+    """Where N states end in a batch of rows."""
 
     row: Int[Tensor, "N"]
-    column: Int[Tensor, "N"]
+    state: Int[Tensor, "N"]
+    """Column of the state's last token."""
+
+
+@dataclass(slots=True)
+class Spans(Places):
+    """Where N utterances lie in a batch of rows, and the states they answer end."""
+
+    first: Int[Tensor, "N"]
+    """Column of the utterance's first token."""
+    last: Int[Tensor, "N"]
+    """Column of its last token; those between belong to it too."""
 
 
 class UtteranceCritic(nn.Module):
     """Twin Q(s, a) and twin V(s) over whole utterances (ArCHer, arXiv 2402.19446), read from one causal pass.
 
-    V(s) is read after the last token of a state and Q(s, a) after the last token of an action, so a whole episode laid
-    out in one row yields the values of all its turns. With `shared_body` the body belongs to somebody else (the actor):
-    it is read without gradient, and neither trained, copied nor saved here.
+    V(s) reads the hidden state of the state's last token; Q(s, a) reads that and the mean of the hidden states of the
+    action's tokens. So a whole episode laid out in one row yields the values of all its turns. With `shared_body` the
+    body belongs to somebody else (the actor): it is read without gradient, and neither trained, copied nor saved here.
     """
 
     def __init__(self, body: nn.Module, width: int, *, shared_body: bool = False) -> None:
@@ -79,8 +95,8 @@ class UtteranceCritic(nn.Module):
         else:
             self.body = body
         self.config = body.config
-        self.q = nn.ModuleList([_mlp(width) for _ in range(2)])
-        self.v = nn.ModuleList([_mlp(width) for _ in range(2)])
+        self.q = nn.ModuleList([_mlp(2 * width, width) for _ in range(2)])
+        self.v = nn.ModuleList([_mlp(width, width) for _ in range(2)])
 
     @classmethod
     def from_lm(cls, lm: nn.Module, *, shared_body: bool = False) -> UtteranceCritic:
@@ -102,17 +118,29 @@ class UtteranceCritic(nn.Module):
         return twin.requires_grad_(False)
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], q_at: Places, v_at: Places, **attention: Any
+        self, tokens: Int[Tensor, "B T"], q_at: Spans, v_at: Places, **attention: Any
     ) -> tuple[Float[Tensor, "2 Q"], Float[Tensor, "2 V"]]:
-        """Twin Q at the positions `q_at` and twin V at `v_at`, float32. `attention`: see `attention_inputs`."""
+        """Twin Q of the utterances `q_at` and twin V of the states `v_at`, float32. `attention`: `attention_inputs`."""
         if self.shared_body:
             with torch.no_grad():
                 hidden = self._borrowed[0](input_ids=tokens, use_cache=False, **attention).last_hidden_state
         else:
             hidden = self.body(input_ids=tokens, use_cache=False, **attention).last_hidden_state
-        q = torch.stack([head(hidden[q_at.row, q_at.column])[..., 0] for head in self.q])
-        v = torch.stack([head(hidden[v_at.row, v_at.column])[..., 0] for head in self.v])
+        said = torch.cat([hidden[q_at.row, q_at.state], _span_means(hidden, q_at)], dim=-1)
+        seen = hidden[v_at.row, v_at.state]
+        q = torch.stack([head(said)[..., 0] for head in self.q])
+        v = torch.stack([head(seen)[..., 0] for head in self.v])
         return q.float(), v.float()
+
+
+def _span_means(hidden: Float[Tensor, "B T H"], at: Spans) -> Float[Tensor, "N H"]:
+    """Mean hidden state of each utterance's tokens."""
+    lengths = at.last - at.first + 1
+    owner = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths)
+    begins = torch.cumsum(lengths, 0) - lengths
+    column = at.first[owner] + torch.arange(len(owner), device=hidden.device) - begins[owner]
+    sums = hidden.new_zeros(len(lengths), hidden.shape[-1]).index_add(0, owner, hidden[at.row[owner], column])
+    return sums / lengths[:, None]
 
 
 def hidden_size(lm: nn.Module) -> int:
@@ -120,10 +148,8 @@ def hidden_size(lm: nn.Module) -> int:
     return int(lm.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
 
 
-def _mlp(width: int) -> nn.Module:
-    head = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
-    last = head[-1]
-    assert isinstance(last, nn.Linear)
+def _mlp(inputs: int, width: int) -> nn.Module:
+    last = nn.Linear(2 * width, 1)
     nn.init.normal_(last.weight, std=1e-2)  # small but not zero: a zero layer would send no gradient below it
     nn.init.zeros_(last.bias)
-    return head
+    return nn.Sequential(nn.Linear(inputs, 2 * width), nn.GELU(), last)

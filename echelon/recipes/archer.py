@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from echelon.config import ModelConfig, OptimConfig, RunConfig, SamplingConfig, demand, require, to_yaml
 from echelon.data.packing import Batch, CriticBatch, Said, pack, pack_branches, pack_transitions
 from echelon.data.replay import Replay, Transition, transitions
-from echelon.models.heads import Places, UtteranceCritic
+from echelon.models.heads import Places, Spans, UtteranceCritic
 from echelon.models.lm import attention_inputs, token_logprobs, token_logprobs_and_entropy
 from echelon.ops import bellman, losses
 from echelon.ops.masked import explained_variance, masked_whiten
@@ -76,6 +78,8 @@ class Config(RunConfig):
     """Replayed episodes per critic update."""
     fresh_updates: int = 10
     """Critic updates whose episodes and fresh actions are drawn together, in one batch of the sampler."""
+    fresh_states: int = 0
+    """States per replayed episode at which V is learned, with one fresh action each; 0 takes all of them."""
     target: Literal["polyak", "hard"] = "polyak"
     """How target networks follow."""
     tau: float = 0.1
@@ -190,12 +194,12 @@ def update_critic(
         seed = derive_seed(cfg.seed, "critic", step, done)
         updates = min(cfg.fresh_updates, cfg.critic_updates - done)
         drawn = replay.sample_episodes(cfg.critic_episodes * updates, seed=seed)
-        states = [transition.state for episode in drawn for transition in episode]
+        asked = [asked_states(cfg, episode, derive_seed(seed, number)) for number, episode in enumerate(drawn)]
+        states = [drawn[number][turn].state for number, turns in enumerate(asked) for turn in turns]
         fresh = iter(asyncio.run(answer_all(role, states, seed=seed)))
         for update in range(updates):
-            some = drawn[update * cfg.critic_episodes : (update + 1) * cfg.critic_episodes]
-            chosen = [transition for episode in some for transition in episode]
-            batch = with_targets(cfg, target, chosen, [next(fresh) for _ in chosen])
+            some = slice(update * cfg.critic_episodes, (update + 1) * cfg.critic_episodes)
+            batch = with_targets(cfg, target, drawn[some], asked[some], fresh)
             logged.append(critic.update(batch.split(cfg.tokens_per_pass), critic_loss))
             if cfg.target == "polyak":
                 bellman.polyak_(target, critic.module, cfg.tau)
@@ -204,30 +208,51 @@ def update_critic(
     return {f"critic/{name}": value for name, value in average(logged).items()}
 
 
+def asked_states(cfg: Config, episode: Sequence[Transition], seed: int) -> list[int]:
+    """Which states of an episode V is learned at, in order."""
+    if not cfg.fresh_states or cfg.fresh_states >= len(episode):
+        return list(range(len(episode)))
+    return sorted(np.random.default_rng(seed).choice(len(episode), cfg.fresh_states, replace=False).tolist())
+
+
 def with_targets(
-    cfg: Config, target: UtteranceCritic, chosen: Sequence[Transition], fresh: Sequence[Said]
+    cfg: Config,
+    target: UtteranceCritic,
+    episodes: Sequence[Sequence[Transition]],
+    asked: Sequence[Sequence[int]],
+    fresh: Iterator[Said],
 ) -> CriticBatch:
-    """Rows of transitions, with what Q and V shall be there."""
-    batch = pack_transitions(chosen).to(next(target.parameters()).device)
-    nowhere = Places(batch.row_N[:0], batch.row_N[:0])
+    """Rows of transitions, with what Q shall be at all of them and V where a fresh action was asked for."""
+    batch = pack_transitions([transition for episode in episodes for transition in episode])
+    batch = batch.to(next(target.parameters()).device)
     with torch.no_grad():
-        _, next_v_2N = target(batch.tokens, nowhere, Places(batch.next_row_N, batch.next_N))
+        _, next_v_2N = target(batch.tokens, said_in(batch), Places(batch.next_row_N, batch.next_N))
     gamma_N = cfg.gamma**batch.steps_N
     batch.q_target = bellman.td_target(batch.reward_N, next_v_2N, gamma=gamma_N, terminated=batch.terminated_N)
-    batch.v_target = judge(target, pack_branches(fresh), cfg.tokens_per_pass)[0].to(batch.tokens.device)
+    begin_E = np.cumsum([0, *map(len, episodes)])
+    at = [int(begin) + turn for begin, turns in zip(begin_E[:-1], asked, strict=True) for turn in turns]
+    answers = pack_branches([next(fresh) for _ in at])
+    batch.v_target = torch.full_like(batch.q_target, math.nan)
+    batch.v_target[:, at] = judge(target, answers, cfg.tokens_per_pass)[0].to(batch.v_target)
     return batch
 
 
 def critic_loss(module: nn.Module, batch: CriticBatch) -> tuple[Tensor, dict[str, float]]:
-    """Mean squared error of both Q and both V, each against its own target."""
+    """Mean squared error of both Q and both V, each against its own target; V counts where it has one."""
     q_target = losses.require(batch.q_target, "q_target", "Call with_targets first.")
     v_target = losses.require(batch.v_target, "v_target", "Call with_targets first.")
-    q_2N, v_2N = module(batch.tokens, Places(batch.row_N, batch.action_N), Places(batch.row_N, batch.state_N))
+    q_2N, v_2N = module(batch.tokens, said_in(batch), Places(batch.row_N, batch.state_N))
     q_loss = losses.squared_error(q_2N, q_target).sum() / batch.denom
-    v_loss = losses.squared_error(v_2N, v_target).sum() / batch.denom
+    asked = ~v_target.isnan()
+    v_loss = losses.squared_error(v_2N, v_target.nan_to_num(), asked).sum() / batch.denom
     means = {"q_mean": q_2N.mean(0).sum() / batch.denom, "q_target": q_target.mean(0).sum() / batch.denom}
     stats = {"q_loss": q_loss, "v_loss": v_loss, "v_mean": v_2N.mean(0).sum() / batch.denom, **means}
     return q_loss + v_loss, {name: value.item() for name, value in stats.items()}
+
+
+def said_in(batch: CriticBatch) -> Spans:
+    """Where the actions of a batch of transitions lie."""
+    return Spans(batch.row_N, batch.state_N, batch.state_N + 1, batch.action_N)
 
 
 @torch.no_grad()
@@ -236,8 +261,8 @@ def judge(critic: UtteranceCritic, batch: Batch, tokens_per_pass: int) -> tuple[
     q_2N, v_2N = torch.zeros(2, batch.turns), torch.zeros(2, batch.turns)
     for micro in batch.split(tokens_per_pass):
         micro = micro.to(next(critic.parameters()).device)
-        q_at, v_at = Places(micro.row_N, micro.last_N), Places(micro.row_N, micro.state_N)
-        q, v = critic(micro.tokens, q_at, v_at, **attention_inputs(critic, micro))
+        said = Spans(micro.row_N, micro.state_N, micro.first_N, micro.last_N)
+        q, v = critic(micro.tokens, said, Places(micro.row_N, micro.state_N), **attention_inputs(critic, micro))
         q_2N[:, micro.index_N], v_2N[:, micro.index_N] = q.cpu(), v.cpu()
     return q_2N, v_2N
 

@@ -1,14 +1,19 @@
-"""What a set of episodes is worth: means with bootstrap intervals, and the numbers people compare."""
+"""What a set of episodes is worth: means with bootstrap intervals, and the numbers people compare.
+
+Who played does not matter; scripted players, which need no model, play here too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from echelon.envs._shared import settle
+from echelon.envs.players import Player
 from echelon.seeds import derive_seed
-from echelon.types import Episode
+from echelon.types import Env, Episode, Message, Play, Task, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +71,26 @@ def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     for name in sorted({name for episode in played for name in episode.metrics}):
         metrics[f"episode/{name}"] = float(np.mean([e.metrics[name] for e in played if name in e.metrics]))
     return metrics
+
+
+def scripted_loop(
+    make: Callable[[Task], Env], player: Callable[..., Player], *, name: str, max_turns: int = 1000
+) -> Play:
+    """`env_loop` for a script: `player(seed=…)` plays the episode with that seed. Its turns have text and no tokens."""
+
+    async def play(task: Task, episode: Episode) -> None:
+        env, say = make(task), player(seed=episode.seed)
+        messages = list(await settle(env.start()))
+        for index in range(max_turns):
+            said = say(messages)
+            step = await settle(env.step(said))
+            parent = index - 1 if index else None
+            turn = Turn(index, name, prompt=[], action=[], logprobs=[], text=said, parent=parent, reward=step.reward)
+            episode.turns.append(turn)
+            episode.metrics.update(step.info)
+            messages += [Message(role="assistant", content=said), *step.messages]
+            if step.terminated or step.truncated:
+                episode.ending = "terminated" if step.terminated else "truncated"
+                return
+
+    return play
