@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -80,6 +80,7 @@ class Batch:
 
     def at_end(self, x_N: Float[Tensor, "N"]) -> Float[Tensor, "B T"]:
         """One number per turn, placed on the last token of its action; zero elsewhere."""
+        x_N = x_N.to(self.tokens.device)
         placed = x_N.new_zeros(self.tokens.shape)
         placed[self.row_N, self.last_N] = x_N[self.index_N]
         return placed
@@ -93,7 +94,7 @@ class Batch:
         if count == 1:
             return [self]
         order = torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(seed))
-        parts = [self._take(rows) for rows in order.chunk(count)]
+        parts = [self._take(rows) for rows in order.tensor_split(min(count, len(order)))]
         return [replace(part, denom=float(part.mask.sum()), rows=torch.arange(len(part.rows))) for part in parts]
 
     def _take(self, rows: Int[Tensor, "b"]) -> Batch:
@@ -173,6 +174,9 @@ class CriticBatch:
         return _moved(self, device)
 
 
+AnyBatch = TypeVar("AnyBatch", Batch, CriticBatch)
+
+
 @dataclass(slots=True)
 class Sampled:
     """An action drawn in a state outside any episode: what a policy would say there now."""
@@ -215,7 +219,7 @@ def pack_branches(turns: Sequence[Said]) -> Batch:
         rows[row] += turn.action
     batch = _filled(turns, rows, placed)
     columns = torch.arange(batch.tokens.shape[1])
-    positions = columns.repeat(len(rows), 1)
+    positions = torch.where(columns < batch.lengths[:, None], columns, 0)  # a learned position may not exist that far
     trunk_B = torch.tensor([len(trunk) for trunk in trunks])
     visible = (columns <= columns[:, None]) & (columns < trunk_B[:, None, None])
     for turn, (row, state, start) in zip(turns, placed, strict=True):
@@ -263,8 +267,8 @@ def pack_transitions(transitions: Sequence[Transition]) -> CriticBatch:
     ids: list[list[int]] = []
     places: list[tuple[int, int, int, int, int]] = []
     for step in transitions:
-        row = _join(ids, step.state, [*step.state, *step.action])
-        ahead = row if step.next_state is None else _join(ids, step.next_state, step.next_state)
+        row = _share(ids, step.state, [*step.state, *step.action])
+        ahead = row if step.next_state is None else _share(ids, step.next_state, step.next_state)
         end = len(step.state) + len(step.action) - 1
         places.append((row, len(step.state) - 1, end, ahead, len(step.next_state or [0]) - 1))
     tokens, lengths = pad(ids)
@@ -304,6 +308,11 @@ def _join(rows: list[list[int]], seen: list[int], ids: list[int]) -> int:
     return len(rows) - 1
 
 
+def _share(rows: list[list[int]], seen: list[int], ids: list[int]) -> int:
+    """`_join`, or nothing to do when the last row already holds `ids`: with several steps, the next state lies ahead."""
+    return len(rows) - 1 if rows and rows[-1][: len(ids)] == ids else _join(rows, seen, ids)
+
+
 def _held(row_N: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Which items lie in the chosen rows, and their new row numbers."""
     new = torch.full((count,), -1, device=rows.device)
@@ -312,9 +321,10 @@ def _held(row_N: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return held, new[row_N[held]]
 
 
-def _moved(batch: Any, device: torch.device | str) -> Any:
+def _moved(batch: AnyBatch, device: torch.device | str) -> AnyBatch:
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
+    moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(batch, **moved)
 
 
 def pad(ids: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B"]]:

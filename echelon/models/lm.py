@@ -75,8 +75,10 @@ def load_lm(
             f"no causal language model could be loaded from '{path}': {_first_line(error)} "
             "It must be a Hugging Face folder with config.json and weights."
         ) from error
-    module: nn.Module = model.to(pick_device(device))
-    return module.train()
+    module: nn.Module = model
+    module.to(pick_device(device)).train()
+    check_masks(module)
+    return module
 
 
 def tiny(
@@ -147,12 +149,20 @@ def head_reads(module: nn.Module, choose: Callable[[Tensor], Tensor]) -> Iterato
 
 
 class AttentionForm:
-    """Who may attend to whom, in the form a model takes it: one mask, or one per kind of layer."""
+    """Who may attend to whom, in the form a model takes it: one mask, or one per kind of layer.
+
+    Raises DataError for a model with layers that are neither full nor sliding-window attention.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         config: Any = module.config
         config = config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ())
+        kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ())
+        if other := kinds - {"full_attention", "sliding_attention", "global"}:
+            raise DataError(
+                f"{type(module).__name__} has layers of kind {', '.join(sorted(other))}: no mask says what their tokens "
+                "may see, so conversations cannot share a batch. Use a model with full or sliding-window attention."
+            )
         self.mixed = {"full_attention", "sliding_attention"} <= kinds
         self.window: int | None = getattr(config, "sliding_window", None) if kinds != {"full_attention"} else None
         self.additive = config._attn_implementation == "eager"
@@ -180,6 +190,32 @@ def attention_inputs(module: nn.Module, batch: Batch) -> dict[str, Any]:
     return {"position_ids": batch.positions, "attention_mask": mask}
 
 
+@torch.no_grad()
+def check_masks(module: nn.Module) -> None:
+    """Raise DataError unless masks and positions reach the model's attention: the engine and `pack_branches` need it.
+
+    Two continuations of one prompt must score the same side by side in one row as each in a row of its own.
+    """
+    weight = next(module.parameters())
+    with weight.device:
+        tokens, position = torch.arange(8), torch.tensor([0, 1, 2, 3, 4, 5, 4, 5])
+        branch = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+        visible = ((branch == 0) | (branch == branch[:, None])) & torch.ones(8, 8, dtype=torch.bool).tril()
+    mask = AttentionForm(module)(visible[None, None], (position[:, None] - position)[None, None], weight.dtype)
+    alone = [module(input_ids=tokens[None, branch != other], use_cache=False).logits[0, 4:] for other in (2, 1)]
+    expected = torch.cat(alone).float()
+    try:
+        both = module(input_ids=tokens[None], position_ids=position[None], attention_mask=mask, use_cache=False)
+        error, reason = (both.logits[0, 4:].float() - expected).abs().mean() / expected.std(), "it ignores them"
+    except (TypeError, ValueError, RuntimeError) as refusal:
+        error, reason = torch.tensor(torch.inf), _first_line(refusal).rstrip(".")
+    if not error < (1e-3 if weight.dtype == torch.float32 else 0.03):
+        raise DataError(
+            f"{type(module).__name__} cannot be told by masks and positions which tokens see which ({reason}), so "
+            "conversations cannot share a batch. Use another architecture, or attention = sdpa or eager."
+        )
+
+
 def output_head(module: nn.Module) -> nn.Module:
     """The layer that turns hidden states into logits."""
     head = module.get_output_embeddings()  # type: ignore[operator]
@@ -190,7 +226,7 @@ def output_head(module: nn.Module) -> nn.Module:
 def logits_of(module: nn.Module, hidden: Float[Tensor, "M H"]) -> Float[Tensor, "M V"]:
     """Float32 logits of hidden states, with what some architectures do after the head (scaling, soft-capping)."""
     config = module.config.get_text_config()  # type: ignore[operator, union-attr]
-    logits = output_head(module)(hidden).float()
+    logits: Tensor = output_head(module)(hidden).float()
     if (multiplier := getattr(config, "logit_scale", None)) is not None:  # Cohere
         logits = logits * multiplier
     if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
@@ -253,7 +289,7 @@ def _chunked(
         return score(hidden_MH, targets_M)
     parts = [
         checkpoint(score, hidden, targets, use_reentrant=False)  # logits are made again for the gradient, not kept
-        for hidden, targets in zip(hidden_MH.split(size), targets_M.split(size), strict=True)
+        for hidden, targets in zip(torch.split(hidden_MH, size), torch.split(targets_M, size), strict=True)
     ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 

@@ -13,11 +13,9 @@ not summed per utterance and divided by their number; the policy loss may be PPO
 from __future__ import annotations
 
 import asyncio
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from echelon.config import ModelConfig, OptimConfig, RunConfig, SamplingConfig, demand, require, to_yaml
+from echelon.config import ModelConfig, OptimConfig, RunConfig, SamplingConfig, Settings, demand, require, to_yaml
 from echelon.data.packing import Batch, CriticBatch, Said, pack, pack_branches, pack_transitions
 from echelon.data.replay import Replay, Transition, transitions
 from echelon.models.heads import Places, Spans, UtteranceCritic
-from echelon.models.lm import attention_inputs, token_logprobs, token_logprobs_and_entropy
+from echelon.models.lm import attention_inputs
 from echelon.ops import bellman, losses
 from echelon.ops.masked import explained_variance, masked_whiten
 from echelon.rollout.evaluate import rollout_metrics
@@ -40,6 +38,7 @@ from echelon.seeds import derive_seed
 from echelon.train.checkpoint import Checkpoints, Saveable
 from echelon.train.learner import Learner, Weights, average
 from echelon.train.log import Log, episode_rows
+from echelon.train.policy import PolicyConfig, starting_policy, update_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class Config(RunConfig):
     """The actor: a model folder, a run directory or a hub id."""
     env: str
     """The environment: a built-in name, path.py:Class or module:Class."""
-    env_settings: dict[str, str | int | float | bool] = field(default_factory=dict)
+    env_settings: Settings = field(default_factory=dict)
     """Settings of the environment."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How utterances are drawn."""
@@ -88,48 +87,29 @@ class Config(RunConfig):
     """Hard: critic updates between copies."""
     warmup_steps: int = 5
     """Steps in which only the critic learns."""
-    actor_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
-    """Optimizer of the actor."""
     actor_states: Literal["replay", "rollout"] = "replay"
     """Where the actor learns: replayed states with fresh actions (the paper), or the step's own episodes."""
     actor_episodes: int = 64
     """Replayed episodes per actor phase (actor_states = replay)."""
-    actor_epochs: int = 1
-    """Passes over the actor's batch."""
-    actor_minibatches: int = 1
-    """Optimizer steps per pass."""
-    policy_loss: Literal["reinforce", "ppo"] = "reinforce"
-    """Plain policy gradient (on-policy, so one pass), or the clipped surrogate."""
-    clip_low: float = 0.2
-    """PPO: how far the ratio may fall below 1."""
-    clip_high: float = 0.2
-    """PPO: how far the ratio may rise above 1."""
     whiten: bool = True
     """Give advantages mean 0 and deviation 1 over the actor's batch."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus, per token."""
-    kl_coef: float = 0.0
-    """Weight of KL(actor ‖ starting policy), per token; 0 keeps no reference."""
+    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(loss="reinforce"))
+    """How the actor learns from the advantages."""
     tokens_per_pass: int = 16384
     """Most tokens, padding included, in one forward and backward pass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "env")
-        require(self.model, "path")
-        positive = ("steps", "episodes_per_step", "max_turns", "n_step", "replay_capacity", "critic_updates")
-        positive += ("critic_episodes", "fresh_updates", "actor_episodes", "actor_epochs", "actor_minibatches")
-        for name in (*positive, "target_every", "tokens_per_pass"):
+        require(self, "env", "model.path")
+        counts = ("steps", "episodes_per_step", "max_turns", "n_step", "replay_capacity", "critic_updates")
+        counts += ("critic_episodes", "fresh_updates", "target_every", "actor_episodes", "tokens_per_pass")
+        for name in counts:
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
-        demand(self, "gamma", 0 <= self.gamma <= 1, "a discount lies between 0 and 1.")
+        for name in ("fresh_states", "warmup_steps"):
+            demand(self, name, getattr(self, name) >= 0, "it is a number of things. Give 0 or more.")
+        demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
+        demand(self, "gamma", 0 <= self.gamma <= 1, "a discount lies between 0 and 1. Try 0.95.")
         demand(self, "tau", 0 < self.tau <= 1, "the target would never move, or overshoot. Give a number in (0, 1].")
-        off_policy = self.policy_loss == "reinforce" and self.actor_epochs * self.actor_minibatches > 1
-        demand(
-            self,
-            "actor_epochs" if self.actor_epochs > 1 else "actor_minibatches",
-            not off_policy,
-            "the policy gradient is on-policy, so it takes one step per batch. Use policy_loss = ppo for more.",
-        )
 
 
 def main(cfg: Config) -> None:
@@ -137,13 +117,13 @@ def main(cfg: Config) -> None:
     set_threads(cfg.threads)
     env = open_env(cfg.env, cfg.env_settings)
     actor = open_actor(cfg.model, cfg.sampling)
-    steps = max(0, cfg.steps - cfg.warmup_steps) * cfg.actor_epochs * cfg.actor_minibatches
-    policy = Learner(actor.module, cfg.actor_optim, total_steps=steps, name="actor", tokenizer=actor.tokenizer)
+    updates = max(0, cfg.steps - cfg.warmup_steps) * cfg.policy.epochs * cfg.policy.minibatches
+    policy = Learner(actor.module, cfg.policy.optim, total_steps=updates, name="actor", tokenizer=actor.tokenizer)
     online = UtteranceCritic.from_lm(actor.module, shared_body=cfg.critic_body == "actor")
     critic = Learner(online, cfg.critic_optim, total_steps=cfg.steps * cfg.critic_updates, name="critic")
     target, replay = online.target(), Replay(cfg.replay_capacity)
     parts: dict[str, Saveable] = {"actor": policy, "critic": critic, "target": Weights(target), "replay": replay}
-    reference = copy.deepcopy(actor.module).requires_grad_(False) if cfg.kl_coef else None
+    reference = starting_policy(actor.module, cfg.policy)
     if reference is not None:
         parts["reference"] = Weights(reference)
     if cfg.dry_run:
@@ -152,13 +132,18 @@ def main(cfg: Config) -> None:
 
     tasks = env.tasks("train")
     play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
-    with Checkpoints(Path(cfg.out), config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    with Checkpoints(
+        Path(cfg.out), config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume
+    ) as checkpoints:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         if not cfg.resume:
             checkpoints.save(0, parts)
         with Log(Path(cfg.out), total=cfg.steps, start=start, name="archer") as log:
             for step in range(start, cfg.steps):
-                chosen, seed = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed), derive_seed(cfg.seed, step)
+                chosen, seed = (
+                    task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed),
+                    derive_seed(cfg.seed, step),
+                )
                 episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
                 played = [episode for episode in episodes if episode.ending != "failed"]
                 found = [transitions(episode, "actor", gamma=cfg.gamma, n_step=cfg.n_step) for episode in played]
@@ -289,43 +274,16 @@ def update_actor(
     if cfg.whiten:
         advantages_N = masked_whiten(advantages_N, torch.ones_like(advantages_N, dtype=torch.bool))
     batch.advantages = batch.spread(advantages_N)
-    if reference is not None:
-        batch.ref_logprobs = reference_logprobs(cfg, reference, batch)
-    loss_fn = partial(policy_loss, cfg=cfg)
-    logged = []
-    for epoch in range(cfg.actor_epochs):
-        for part in batch.shuffle_split(cfg.actor_minibatches, seed=derive_seed(cfg.seed, "minibatch", step, epoch)):
-            logged.append(policy.update(part.split(cfg.tokens_per_pass), loss_fn))
-    first = {"advantage_std": spread, "first_mismatch": logged[0]["mismatch/max"]}
-    return {f"policy/{name}": value for name, value in {**average(logged), **first}.items()}
-
-
-def policy_loss(module: nn.Module, batch: Batch, *, cfg: Config) -> tuple[Tensor, dict[str, float]]:
-    """Policy gradient or clipped surrogate, less the entropy bonus, plus KL to the starting policy."""
-    logprobs, entropy = token_logprobs_and_entropy(module, batch, temperature=cfg.sampling.temperature)
-    old = losses.require(batch.logprobs, "logprobs", "The sampler must return them.")
-    advantages = losses.require(batch.advantages, "advantages", "Judge the batch first.")
-    clipped, stats = losses.clipped_surrogate(
-        logprobs, old, advantages, batch.mask, low=cfg.clip_low, high=cfg.clip_high
+    logged = update_policy(
+        policy,
+        batch,
+        settings=cfg.policy,
+        reference=reference,
+        temperature=cfg.sampling.temperature,
+        tokens_per_pass=cfg.tokens_per_pass,
+        seed=derive_seed(cfg.seed, "minibatches", step),
     )
-    loss = clipped if cfg.policy_loss == "ppo" else losses.reinforce(logprobs, advantages, batch.mask)
-    loss = loss - cfg.entropy_coef * entropy
-    stats |= {"entropy": entropy, "mismatch/max": (logprobs - old).abs().detach()}
-    if cfg.kl_coef:
-        ref = losses.require(batch.ref_logprobs, "ref_logprobs", "kl_coef needs the starting policy's log-probs.")
-        stats["kl_to_start"] = losses.kl_k3(logprobs, ref, batch.mask)
-        loss = loss + cfg.kl_coef * losses.kl_k2(logprobs, ref, batch.mask)  # k2: its gradient is that of KL(π‖π_ref)
-    return losses.token_sum(loss, batch.mask, batch.denom), losses.reduce_stats(stats, batch.mask, batch.denom)
-
-
-@torch.no_grad()
-def reference_logprobs(cfg: Config, reference: nn.Module, batch: Batch) -> Tensor:
-    """log-probs of the batch's tokens under the starting policy."""
-    out = torch.zeros(batch.tokens.shape)
-    for micro in batch.split(cfg.tokens_per_pass):
-        logprobs = token_logprobs(reference, micro.to(next(reference.parameters()).device), temperature=cfg.sampling.temperature)
-        out[micro.rows, : logprobs.shape[1]] = logprobs.cpu()
-    return out
+    return {**logged, "policy/advantage_std": spread}
 
 
 def mc_returns(found: Sequence[Sequence[Transition]]) -> Tensor:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -100,8 +100,9 @@ def main(cfg: Config) -> None:
     episodes = asyncio.run(collect(chosen, play, seed=cfg.seed, error_budget=cfg.error_budget))
 
     found = estimates(episodes, tokens=actor is not None)
-    Console().print(table(cfg, found, failed=sum(episode.ending == "failed" for episode in episodes)))
-    write(out, cfg, episodes, found)
+    Console().print(table(cfg, found))
+    decode = None if actor is None else {actor.role.name: actor.role.renderer.decode}
+    write(out, cfg, found, episode_rows(episodes, decode=decode))
 
 
 def open_player(cfg: Config) -> Actor:
@@ -125,14 +126,14 @@ def estimates(episodes: Sequence[Episode], *, tokens: bool) -> dict[str, Estimat
     return {**found, "truncated": bootstrap(cut_off)}
 
 
-def table(cfg: Config, found: Mapping[str, Estimate], *, failed: int) -> Table:
+def table(cfg: Config, found: Mapping[str, Estimate]) -> Table:
     """Means and intervals, for a person."""
     who = cfg.model.path if cfg.player == "model" else f"{cfg.player} player"
     lines = Table("", "mean", "95 % interval", "episodes", title=f"{who} in {cfg.env}, {cfg.split} split")
     for name, estimate in found.items():
         interval = f"{estimate.low:.3f} to {estimate.high:.3f}"
         lines.add_row(name, f"{estimate.mean:.3f}", interval, str(estimate.n))
-    if failed:
+    if failed := cfg.episodes - found["return"].n:
         lines.caption = f"{failed} of {cfg.episodes} episodes failed and are left out"
     return lines
 
@@ -145,11 +146,11 @@ def check_out(out: Path, *, overwrite: bool) -> None:
         raise CheckpointError(f"{out}: there is an evaluation already. Replace it with --overwrite, or change --out.")
 
 
-def write(out: Path, cfg: Config, episodes: Sequence[Episode], found: Mapping[str, Estimate]) -> None:
+def write(out: Path, cfg: Config, found: Mapping[str, Estimate], rows: Iterable[Mapping[str, Any]]) -> None:
     """episodes.jsonl first and summary.json last: a summary is there only when everything is."""
     summary = {
-        "episodes": len(episodes),
-        "failed": sum(episode.ending == "failed" for episode in episodes),
+        "episodes": cfg.episodes,
+        "failed": cfg.episodes - found["return"].n,
         "estimates": {name: asdict(estimate) for name, estimate in found.items()},
         "config": asdict(cfg),
     }
@@ -157,7 +158,7 @@ def write(out: Path, cfg: Config, episodes: Sequence[Episode], found: Mapping[st
         out.mkdir(parents=True, exist_ok=True)
         (out / "summary.json").unlink(missing_ok=True)
         with (out / "episodes.jsonl").open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            for row in episode_rows(episodes):
+            for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

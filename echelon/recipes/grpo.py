@@ -1,11 +1,12 @@
 """GRPO: several episodes of one task, each compared with its siblings; no critic, one number per episode.
 
 Shao et al., "DeepSeekMath", arXiv 2402.03300, over whole multi-turn episodes: the advantage of an episode is its return
-less the mean of its group, and every token the policy sampled in it gets that number in a clipped surrogate. The
-flat baseline of the hierarchical recipes: which of its turns earned the return, it does not ask.
+less the mean of its group, in units of the group's deviation, and every token the policy sampled in it gets that
+number in a clipped surrogate. The flat baseline of the hierarchical recipes: which turn earned the return, it does
+not ask. Settings make it Dr. GRPO (scale, weigh) or RLOO (leave_one_out).
 
-Deviations from the paper, each a setting: advantages are not divided by the group's deviation (scale = std does), every
-token of a step weighs the same (weigh = episodes is the paper), and KL to the starting policy is off (kl_coef).
+Deviations from the paper, each a setting: several passes over the episodes of a step (policy.epochs), and no KL to the
+starting policy (policy.kl_coef).
 """
 
 import asyncio
@@ -56,13 +57,13 @@ class Config(RunConfig):
     """An episode is cut off after this many turns; its return is then what it had earned."""
     error_budget: float = 0.1
     """Fraction of a step's episodes that may fail before the run stops."""
-    scale: Literal["none", "std"] = "none"
-    """Divide advantages by the deviation of their group, or leave them in the unit of the reward."""
+    scale: Literal["none", "std"] = "std"
+    """Divide advantages by the deviation of their group (std), or leave them in the unit of the reward."""
     leave_one_out: bool = False
     """Compare an episode with the mean of the others in its group, not of all."""
-    weigh: Literal["tokens", "episodes"] = "tokens"
-    """What weighs the same in a step: every sampled token, or every episode whatever its length."""
-    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(kl_loss="k3"))
+    weigh: Literal["episodes", "tokens"] = "episodes"
+    """What weighs the same in a step: every episode whatever its length, or every sampled token."""
+    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(epochs=4, kl_loss="k3"))
     """How the policy learns."""
     tokens_per_pass: int = 16384
     """Most tokens, padding included, in one forward and backward pass."""
@@ -96,16 +97,15 @@ def main(cfg: Config) -> None:
     play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
     temperature, tokens = cfg.sampling.temperature, cfg.tokens_per_pass
     learn = partial(update_policy, policy, settings=cfg.policy, temperature=temperature, tokens_per_pass=tokens)
-    with Checkpoints(
-        Path(cfg.out), config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume
-    ) as checkpoints:
+    out = Path(cfg.out)
+    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         if not cfg.resume:
             checkpoints.save(0, parts)
-        with Log(Path(cfg.out), total=cfg.steps, start=start, name="grpo") as log:
+        with Log(out, total=cfg.steps, start=start, name="grpo") as log:
             for step in range(start, cfg.steps):
-                chosen, seed = task_batch(tasks, step, cfg.tasks_per_step, seed=cfg.seed), derive_seed(cfg.seed, step)
-                siblings, budget = cfg.group_size, cfg.error_budget
+                seed, siblings, budget = derive_seed(cfg.seed, step), cfg.group_size, cfg.error_budget
+                chosen = task_batch(tasks, step, cfg.tasks_per_step, seed=cfg.seed)
                 episodes = asyncio.run(collect(chosen, play, seed=seed, siblings=siblings, error_budget=budget))
                 # By place, not by task: a task drawn twice in one step makes two groups.
                 places = [place for place, episode in enumerate(episodes) if episode.ending != "failed"]

@@ -98,8 +98,9 @@ def main(cfg: Config) -> None:
     actor = open_actor(cfg.model, cfg.sampling)
     updates = max(0, cfg.steps - cfg.warmup_steps) * cfg.policy.epochs * cfg.policy.minibatches
     policy = Learner(actor.module, cfg.policy.optim, total_steps=updates, name="actor", tokenizer=actor.tokenizer)
-    online, updates = TokenValue.from_lm(actor.module), cfg.steps * cfg.value_epochs * cfg.value_minibatches
-    value = Learner(online, cfg.value_optim, total_steps=updates, name="value")
+    online = TokenValue.from_lm(actor.module)
+    fits = cfg.steps * cfg.value_epochs * cfg.value_minibatches
+    value = Learner(online, cfg.value_optim, total_steps=fits, name="value")
     reference = starting_policy(actor.module, cfg.policy)
     parts: dict[str, Saveable] = {"actor": policy, "value": value}
     if reference is not None:
@@ -112,18 +113,15 @@ def main(cfg: Config) -> None:
     play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
     temperature, tokens = cfg.sampling.temperature, cfg.tokens_per_pass
     learn = partial(update_policy, policy, settings=cfg.policy, temperature=temperature, tokens_per_pass=tokens)
-    with Checkpoints(
-        Path(cfg.out), config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume
-    ) as checkpoints:
+    out = Path(cfg.out)
+    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         if not cfg.resume:
             checkpoints.save(0, parts)
-        with Log(Path(cfg.out), total=cfg.steps, start=start, name="ppo") as log:
+        with Log(out, total=cfg.steps, start=start, name="ppo") as log:
             for step in range(start, cfg.steps):
-                chosen, seed = (
-                    task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed),
-                    derive_seed(cfg.seed, step),
-                )
+                seed = derive_seed(cfg.seed, step)
+                chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
                 episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
                 played = [episode for episode in episodes if episode.ending != "failed"]
                 turns = [turn for episode in played for turn in episode.turns]

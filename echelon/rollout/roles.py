@@ -63,7 +63,7 @@ class Role:
     ) -> tuple[list[int], tuple[int, ...]]:
         own = [turn for turn in episode.path(parent) if turn.role == self.name]
         if not own:
-            return self.renderer.render(messages), ()
+            return self.renderer.join(self.renderer.segments(messages))
         last = own[-1]
         ids = self.renderer.extend([*last.prompt, *last.action], messages)
         cuts = [0, *last.starts, len(last.prompt), len(ids)]
@@ -89,7 +89,14 @@ async def collect(
         for sibling in range(siblings)
     ]
     repeated = [task for task in tasks for _ in range(siblings)]
-    await asyncio.gather(*(_play(play, task, episode) for task, episode in zip(repeated, episodes, strict=True)))
+    plays = [asyncio.ensure_future(_play(play, *pair)) for pair in zip(repeated, episodes, strict=True)]
+    try:
+        await asyncio.gather(*plays)
+    except BaseException:
+        for running in plays:
+            running.cancel()
+        await asyncio.gather(*plays, return_exceptions=True)
+        raise
     failed = [episode for episode in episodes if episode.ending == "failed"]
     if len(failed) > error_budget * len(episodes):
         raise RolloutError(

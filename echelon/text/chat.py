@@ -14,6 +14,8 @@ from echelon.errors import DataError
 from echelon.types import Message
 
 _SAID = "@@what-the-assistant-said@@"
+_ASKED: Message = {"role": "user", "content": "x"}
+_ANSWER: Message = {"role": "assistant", "content": _SAID}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,10 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self._after: dict[str, list[int]] = {}
-        self.stop_ids: tuple[int, ...] = tuple(self._turn_ends(self._follow([{"role": "user", "content": "x"}])))
+        self._special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+        self._after: dict[tuple[tuple[str, str], ...], list[int]] = {}
+        self._check_cue()
+        self.stop_ids: tuple[int, ...] = tuple(self._turn_ends(self._follow([_ASKED])))
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         """A whole conversation, ending with the cue for the next assistant message.
@@ -48,13 +52,18 @@ class Renderer:
         Assistant messages inside it get exactly the ids they would have had if a model had said them, so rendering
         more messages never changes the ids of earlier ones.
         """
+        return self.fit(self.segments(messages))
+
+    def segments(self, messages: Sequence[Message]) -> list[list[int]]:
+        """The parts of the prompt that asks for the next assistant message, as `join` takes them: first the instruction,
+        then one per exchange, an assistant message with what was answered to it."""
         if not messages or messages[-1]["role"] == "assistant":
             raise DataError("nothing to answer: a prompt needs messages, and the last one must not be the assistant's.")
         head, exchanges = _split(messages)
-        segments = [self._encode(self._template(head, cue=True))]
+        parts = [self._encode(self._template(head, cue=True))]
         for said, heard in exchanges:
-            segments.append(self.extend(self.action_ids(said["content"]), heard))
-        return self.fit(segments)
+            parts.append(self.extend(self.action_ids(said["content"]), heard))
+        return parts
 
     def extend(self, ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
         """Continue exact ids, prompt and sampled action, with what was answered and the cue for the next message.
@@ -70,7 +79,10 @@ class Renderer:
         return [*self._encode(text), self.stop_ids[0]]
 
     def examples(self, messages: Sequence[Message]) -> list[Example]:
-        """Every assistant message of a conversation with the prompt it answers: rows for supervised learning."""
+        """Every assistant message of a conversation with the prompt it answers: rows for supervised learning.
+
+        Nothing is dropped, however long it is: how long a row may be is for the caller to say.
+        """
         head, exchanges = _split(messages, answered=False)
         ids = self._encode(self._template(head, cue=True))
         found: list[Example] = []
@@ -117,24 +129,41 @@ class Renderer:
 
     def _follow(self, messages: Sequence[Message]) -> list[int]:
         """Ids between the last word of an assistant message and the first of the next one."""
-        key = "\x1f".join(f"{message['role']}\x1e{message['content']}" for message in messages)
+        key = tuple((message["role"], message["content"]) for message in messages)
         if key not in self._after:
             if len(self._after) > 4096:
                 self._after.clear()
-            asked: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SAID}]
-            text = self._template([*asked, *messages], cue=True)
-            if text.count(_SAID) != 1:
-                raise DataError(
-                    f"the chat template of '{_name(self.tokenizer)}' does not repeat assistant messages word for word, "
-                    "so a conversation cannot be continued from its tokens. Use a template that does."
-                )
-            self._after[key] = self._encode(text.split(_SAID)[1])
+            _, after = self._around([_ASKED, _ANSWER, *messages], cue=True)
+            follow, bare = self._encode(after), self._encode(after.lstrip())
+            # A space between the last word and the end-of-turn token is the template's, and no model says it.
+            self._after[key] = bare if bare and bare[0] in self._special else follow
         return self._after[key]
+
+    def _around(self, messages: Sequence[Message], *, cue: bool) -> tuple[str, str]:
+        """What the template writes before and after the words of the one assistant message."""
+        text = self._template(messages, cue=cue)
+        if text.count(_SAID) != sum(message["content"].count(_SAID) for message in messages):
+            raise DataError(
+                f"the chat template of '{_name(self.tokenizer)}' does not repeat assistant messages word for word, "
+                "so a conversation cannot be continued from its tokens. Use a template that does."
+            )
+        before, _, after = text.partition(_SAID)
+        return before, after
+
+    def _check_cue(self) -> None:
+        """Refuse a template that cannot open the assistant's message without its words."""
+        prompt = self._template([_ASKED], cue=True)
+        if prompt == self._template([_ASKED], cue=False):
+            opened, _ = self._around([_ASKED, _ANSWER], cue=False)
+            if opened.strip() != prompt.strip():
+                raise DataError(
+                    f"the chat template of '{_name(self.tokenizer)}' ignores add_generation_prompt, so prompts would "
+                    "end before the assistant's message begins. Add the cue to the template and save it again."
+                )
 
     def _turn_ends(self, follow: Sequence[int]) -> list[int]:
         """Tokens that end an assistant message: the template's, if it is a special token, and the tokenizer's EOS."""
-        special = set(self.tokenizer.all_special_ids) | set(getattr(self.tokenizer, "added_tokens_decoder", {}))
-        ends = [follow[0]] if follow and follow[0] in special else []
+        ends = [follow[0]] if follow and follow[0] in self._special else []
         eos = self.tokenizer.eos_token_id
         if eos is not None and eos not in ends:
             ends.append(eos)

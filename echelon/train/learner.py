@@ -5,6 +5,7 @@ It owns the optimizer and the schedule, checks that what it is given is finite, 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 from echelon.config import OptimConfig
@@ -70,6 +71,7 @@ class Learner:
                 )
             loss.backward()  # type: ignore[no-untyped-call]
             _accumulate(totals, {"loss": value, **stats})
+        assert totals, "an update needs at least one micro-batch"
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, self.optim.max_grad_norm or math.inf))
         if not math.isfinite(norm):
             raise NonFiniteLoss(
@@ -90,6 +92,7 @@ class Learner:
             return optim.lr * (step + 1) / optim.warmup_steps
         if optim.schedule == "constant":
             return optim.lr
+        assert self.total_steps, f"schedule {optim.schedule} needs total_steps: it would end at once"
         progress = min(1.0, (step - optim.warmup_steps) / max(1, self.total_steps - optim.warmup_steps))
         left = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
         return optim.lr * (optim.final_lr_fraction + (1 - optim.final_lr_fraction) * left)
@@ -112,17 +115,29 @@ class Learner:
         state = self.optimizer.state_dict()["state"]
         tensors = {f"{index}/{name}": value for index, entry in state.items() for name, value in entry.items()}
         save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "optimizer.safetensors")
-        (folder / "optimizer.json").write_text(json.dumps({"version": self.version, "total_steps": self.total_steps}))
+        (folder / "optimizer.json").write_text(json.dumps({"version": self.version}))
 
     def load(self, folder: Path) -> None:
-        """Continue exactly where `save` was called."""
-        load_module(self.module, folder)
-        counters = json.loads((folder / "optimizer.json").read_text())
-        self.version = int(counters["version"])
+        """Continue exactly where `save` was called. Raises CheckpointError if something else was saved there."""
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in load_file(folder / "optimizer.safetensors").items():
-            index, name = key.split("/")
-            state.setdefault(int(index), {})[name] = value
+        try:
+            counters = json.loads((folder / "optimizer.json").read_text())
+            for key, value in load_file(folder / "optimizer.safetensors").items():
+                index, name = key.split("/")
+                state.setdefault(int(index), {})[name] = value
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{folder} holds no optimizer state, so training cannot continue from it. Give a checkpoint's folder, or "
+                "start a new run from these weights with model.path."
+            ) from error
+        shapes = {index: parameter.shape for index, parameter in enumerate(self.trained)}
+        if any(entry["exp_avg"].shape != shapes.get(index) for index, entry in state.items()):
+            raise CheckpointError(
+                f"the optimizer state in {folder} belongs to other weights than the {len(shapes)} that are trained here. "
+                "Train the same parts of the same model as the run that saved it."
+            )
+        load_module(self.module, folder)
+        self.version = int(counters["version"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
 
@@ -144,8 +159,9 @@ class Weights:
 def save_module(module: nn.Module, folder: Path, tokenizer: Any = None) -> None:
     """Weights as safetensors: a Hugging Face folder, tokenizer included, when the module is a Hugging Face model."""
     folder.mkdir(parents=True, exist_ok=True)
+    published: Any = module
     if hasattr(module, "save_pretrained"):
-        module.save_pretrained(folder)
+        published.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     else:
@@ -153,23 +169,41 @@ def save_module(module: nn.Module, folder: Path, tokenizer: Any = None) -> None:
 
 
 def load_module(module: nn.Module, folder: Path) -> None:
-    """Put saved weights into a module of the same shape; every one of them must be there."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if len(files) == 1:
-        missing, unexpected = load_model(module, files[0], strict=False)
-    else:
-        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        missing, unexpected = module.load_state_dict(tensors, strict=False)
-    tied = {name for name in missing if _is_tied(module, name)}
-    if not files or unexpected or set(missing) - tied:
+    """Put saved weights into a module of the same shape; every one of them must be there, and no others."""
+    tensors = {
+        name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()
+    }
+    if hasattr(module, "from_pretrained") and tensors and not _fits(module, tensors):
+        tensors = _renamed(module, folder)
+    if not _fits(module, tensors):
         raise CheckpointError(
-            f"the weights in {folder} do not fit {type(module).__name__}: another model was saved there."
+            f"the weights in {folder} do not fit {type(module).__name__}: another model was saved there. "
+            "Resume with the settings of the run that saved it."
         )
+    module.load_state_dict(tensors, strict=False)
 
 
-def _is_tied(module: nn.Module, name: str) -> bool:
-    shared = module.state_dict(keep_vars=True)
-    return any(other != name and tensor is shared[name] for other, tensor in shared.items())
+def _fits(module: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    """Whether these are all weights of the module; of weights that are one tensor, one name is enough."""
+    own = module.state_dict(keep_vars=True)
+    if any(name not in own or tensor.shape != own[name].shape for name, tensor in tensors.items()):
+        return False
+    given = {id(own[name]) for name in tensors}
+    return all(id(tensor) in given for tensor in own.values())
+
+
+def _renamed(module: Any, folder: Path) -> dict[str, Tensor]:
+    """Weights of an architecture whose published names are not those of its modules (mixtures of experts, GPT-NeoX)."""
+    described = folder / "config.json"
+    if not described.is_file() or json.loads(described.read_text()).get("model_type") != module.config.model_type:
+        return {}
+    try:
+        loaded, report = type(module).from_pretrained(
+            folder, config=copy.deepcopy(module.config), dtype="auto", output_loading_info=True
+        )
+    except (RuntimeError, ValueError, OSError):
+        return {}
+    return {} if any(report.values()) else dict(loaded.state_dict())
 
 
 def _accumulate(totals: dict[str, float], stats: dict[str, float]) -> None:
@@ -183,6 +217,8 @@ def _accumulate(totals: dict[str, float], stats: dict[str, float]) -> None:
 def average(logged: Sequence[dict[str, float]]) -> dict[str, float]:
     """What several updates logged, as one: means, and the largest of what ends in "/max"."""
     return {
-        name: max(row[name] for row in logged) if name.endswith("/max") else sum(row[name] for row in logged) / len(logged)
+        name: max(row[name] for row in logged)
+        if name.endswith("/max")
+        else sum(row[name] for row in logged) / len(logged)
         for name in logged[0]
     }

@@ -1,0 +1,158 @@
+"""Evaluation: the numbers, what they depend on and what not, and which files are replaced."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from echelon import cli
+from echelon.errors import ConfigError
+from echelon.recipes.evaluate import Config
+from echelon.rollout.evaluate import bootstrap
+
+NUMBERS = ("--env", "guess_number")
+
+
+def summary(out: Path) -> dict[str, dict[str, float]]:
+    return json.loads((out / "summary.json").read_text())["estimates"]
+
+
+def texts(run) -> list[list[str]]:
+    return [[turn["text"] for turn in row["turns"]] for row in run.rows("episodes")]
+
+
+@pytest.fixture
+def playing(game: list[str]) -> list[str]:
+    """Flags of an evaluation of the model, from those of training."""
+    return [word.replace("--sampling.", "--") for word in [*game, "--episodes", "8"]]
+
+
+def test_the_optimal_player_bisects(train, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train("evaluate", *NUMBERS, "--player", "optimal", "--episodes", 10)
+    found = summary(run.out)
+    # Of ten numbers one is found at once, two at the second guess, four at the third, three at the fourth.
+    assert found["return"]["mean"] == pytest.approx(-(0 * 1 + 1 * 2 + 2 * 4 + 3 * 3) / 10)
+    assert found["turns"]["mean"] == pytest.approx(2.9)
+    assert found["win"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 10}
+    assert "length" not in found
+    out = capsys.readouterr().out
+    assert "optimal player in guess_number, test split" in out
+    assert "-1.900" in out
+
+
+def test_intervals_are_those_of_the_returns_in_the_file(train) -> None:
+    run = train("evaluate", *NUMBERS, "--player", "random", "--episodes", 50)
+    returns = [row["reward"] for row in run.rows("episodes")]
+    found = summary(run.out)["return"]
+    assert found["mean"] == pytest.approx(sum(returns) / 50)
+    assert (found["low"], found["high"]) == (bootstrap(returns).low, bootstrap(returns).high)
+    spread = math.sqrt(sum((value - found["mean"]) ** 2 for value in returns) / 50)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * spread / math.sqrt(50), rel=0.15)
+
+
+def test_tasks_come_in_order_and_again_from_the_first(train) -> None:
+    run = train("evaluate", *NUMBERS, "--player", "random", "--env-settings", "high=3", "--episodes", 7)
+    assert [row["task"][-1] for row in run.rows("episodes")] == list("1231231")
+    assert len({row["seed"] for row in run.rows("episodes")}) == 7
+    assert len({tuple(said) for said in texts(run)[::3]}) > 1  # the same task, played differently
+
+
+def test_the_same_command_gives_the_same_episodes_and_another_seed_gives_others(train, playing: list[str]) -> None:
+    first, second = train("evaluate", *playing, name="a"), train("evaluate", *playing, name="b")
+    assert first.rows("episodes") == second.rows("episodes")
+    assert summary(first.out) == summary(second.out)
+    assert texts(train("evaluate", *playing, "--seed", 1, name="c")) != texts(first)
+
+
+def test_greedy_temperature_0_and_the_one_most_likely_token_are_the_same(train, playing: list[str]) -> None:
+    greedy = train("evaluate", *playing, "--greedy", name="greedy")
+    assert texts(train("evaluate", *playing, "--temperature", 0, "--seed", 5, name="cold")) == texts(greedy)
+    assert texts(train("evaluate", *playing, "--top-k", 1, name="one")) == texts(greedy)
+    assert texts(train("evaluate", *playing, "--top-p", 1e-6, name="mass")) == texts(greedy)
+    assert texts(train("evaluate", *playing, name="drawn")) != texts(greedy)
+
+
+def test_a_model_says_tokens_and_a_limit_truncates(train, playing: list[str]) -> None:
+    run = train("evaluate", *playing, "--max-turns", 1)
+    assert run.rows("episodes")[0]["turns"][0]["seen"] == "Guess my number from 1 to 4."
+    found = summary(run.out)
+    assert found["turns"]["mean"] == 1
+    assert 1 <= found["length"]["mean"] <= 3
+    assert (
+        found["truncated"]["mean"] == -found["return"]["mean"]
+    )  # whoever was not right at once paid 1 and was cut off
+
+
+def test_an_evaluation_is_replaced_only_on_demand_and_a_training_run_never(
+    train, game: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (*NUMBERS, "--player", "optimal", "--episodes", 2)
+    run = train("evaluate", *flags)
+    train("evaluate", *flags, status=2)
+    assert "there is an evaluation already. Replace it with --overwrite, or change --out." in capsys.readouterr().err
+    train("evaluate", *flags, "--episodes", 3, "--overwrite")
+    assert len(run.rows("episodes")) == 3
+    train("grpo", *game, "--steps", 1, "--tasks-per-step", 1, "--group-size", 2, name="trained")
+    train("evaluate", *flags, "--overwrite", name="trained", status=2)
+    assert "a training run is kept there, and its files stay. Choose another --out." in capsys.readouterr().err
+
+
+def test_a_run_directory_is_a_model(train, game: list[str]) -> None:
+    trained = train("grpo", *game, "--steps", 1, "--tasks-per-step", 1, "--group-size", 2, name="trained")
+    run = train("evaluate", *NUMBERS, "--model.path", trained.out, "--episodes", 2, "--max-tokens", 3)
+    assert len(run.rows("episodes")) == 2
+
+
+def test_failed_episodes_are_left_out_within_the_budget(
+    train, fragile: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [word.replace("--sampling.", "--") for word in (*fragile, "--episodes", "12")]
+    run = train("evaluate", *flags, "--error-budget", 0.9)
+    failed = sum(row["ending"] == "failed" for row in run.rows("episodes"))
+    assert 0 < failed < 12
+    assert json.loads((run.out / "summary.json").read_text())["failed"] == failed
+    assert summary(run.out)["return"]["n"] == 12 - failed
+    assert f"{failed} of 12 episodes failed" in capsys.readouterr().out
+    train("evaluate", *flags, name="strict", status=2)
+    assert "ZeroDivisionError: three" in capsys.readouterr().err
+
+
+def test_an_environment_without_players_says_so(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mute.py").write_text(
+        "from echelon.types import Step, Task\n\n\n"
+        "class Mute:\n"
+        "    def __init__(self, task): pass\n"
+        "    @classmethod\n"
+        "    def tasks(cls, split): return [Task(split)]\n"
+        "    def start(self): return [{'role': 'user', 'content': 'Hello'}]\n"
+        "    def step(self, action): return Step(terminated=True)\n"
+    )
+    train("evaluate", "--env", f"{tmp_path}/mute.py:Mute", "--player", "random", status=2)
+    assert "has no scripted players. Give it a classmethod player" in capsys.readouterr().err
+
+
+def test_a_dry_run_plays_nothing(train, playing: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert not train("evaluate", *playing, "--dry-run").out.exists()
+    assert "actor: LlamaForCausalLM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"^model.path is missing"),
+        ({"player": "random", "resume": True}, r"^resume = true: an evaluation is not resumed"),
+        ({"player": "random", "top_p": 0.0}, r"^top_p = 0.0: it is a probability"),
+        ({"player": "random", "temperature": -1.0}, r"^temperature = -1.0: probabilities would be turned around"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Config(out="x", env="guess_number", **settings)
+
+
+def test_no_model_is_needed_for_a_player_on_the_command_line(tmp_path: Path) -> None:
+    words = ["evaluate", "--env", "text_lock", "--player", "optimal", "--episodes", "1", "--out", str(tmp_path / "x")]
+    assert cli.main(words) == 0
