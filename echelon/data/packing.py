@@ -39,7 +39,7 @@ class Batch:
     mask: Bool[Tensor, "B T"]
     """True on sampled tokens: the ones that train."""
     turn: Int[Tensor, "B T"]
-    """Which turn a sampled token belongs to; −1 elsewhere."""
+    """Which turn a sampled token belongs to; -1 elsewhere."""
     index_N: Int[Tensor, "N"]
     """Which turns these rows hold, as numbered in `turn`: all of them, until the batch is split."""
     row_N: Int[Tensor, "N"]
@@ -90,7 +90,7 @@ class Batch:
         return [self._take(torch.tensor(rows)) for rows in group_rows(self.lengths.tolist(), tokens_per_pass)]
 
     def shuffle_split(self, count: int, *, seed: int) -> list[Batch]:
-        """Mini-batches for separate optimizer steps: rows in random order, each with its own `denom` of sampled tokens."""
+        """Mini-batches for separate optimizer steps: random rows, each with its own count of tokens as `denom`."""
         if count == 1:
             return [self]
         order = torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(seed))
@@ -144,7 +144,7 @@ class CriticBatch:
     """Position of the last token of the next state: V(s') is read there. Meaningless where terminated."""
     reward_N: Float[Tensor, "N"]
     steps_N: Float[Tensor, "N"]
-    """How many turns the reward spans: V(s') counts γ to this power."""
+    """How many turns the reward spans: V(s') counts gamma to this power."""
     terminated_N: Bool[Tensor, "N"]
     denom: float
     """Summed losses are divided by it: the number of transitions of the whole step."""
@@ -309,7 +309,7 @@ def _join(rows: list[list[int]], seen: list[int], ids: list[int]) -> int:
 
 
 def _share(rows: list[list[int]], seen: list[int], ids: list[int]) -> int:
-    """`_join`, or nothing to do when the last row already holds `ids`: with several steps, the next state lies ahead."""
+    """`_join`, unless the last row already holds `ids`: with several steps per transition, next states lie ahead."""
     return len(rows) - 1 if rows and rows[-1][: len(ids)] == ids else _join(rows, seen, ids)
 
 

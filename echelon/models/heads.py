@@ -108,7 +108,7 @@ class UtteranceCritic(nn.Module):
     def start_at(self, value: float) -> None:
         """Shift all outputs so that learning starts around this value, not around zero."""
         for head in (*self.q, *self.v):
-            head[-1].bias.fill_(value)  # type: ignore[index]
+            head[-1].bias.fill_(value)
 
     def target(self) -> UtteranceCritic:
         """A frozen copy to bootstrap from; a borrowed body stays borrowed."""

@@ -121,7 +121,7 @@ def tiny(
 def token_logprobs(module: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Float[Tensor, "B T"]:
     """log π of each sampled token given the tokens before it, float32; zero on all other positions.
 
-    The LM head runs on sampled positions only and in chunks: no `rows × positions × vocabulary` tensor ever exists.
+    The LM head runs on sampled positions only and in chunks: no tensor of rows by positions by vocabulary ever exists.
     """
     hidden_MH, targets_M = _before_sampled(module, batch)
     logprobs_M, _ = _chunked(module, hidden_MH, targets_M, temperature, with_entropy=False)
@@ -160,8 +160,8 @@ class AttentionForm:
         kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ())
         if other := kinds - {"full_attention", "sliding_attention", "global"}:
             raise DataError(
-                f"{type(module).__name__} has layers of kind {', '.join(sorted(other))}: no mask says what their tokens "
-                "may see, so conversations cannot share a batch. Use a model with full or sliding-window attention."
+                f"{type(module).__name__} has layers of kind {', '.join(sorted(other))}: no mask says what their "
+                "tokens may see, so conversations cannot share a batch. Use a model with full or sliding-window layers."
             )
         self.mixed = {"full_attention", "sliding_attention"} <= kinds
         self.window: int | None = getattr(config, "sliding_window", None) if kinds != {"full_attention"} else None

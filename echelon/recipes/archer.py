@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from echelon.config import ModelConfig, OptimConfig, RunConfig, SamplingConfig, Settings, demand, require, to_yaml
 from echelon.data.packing import Batch, CriticBatch, Said, pack, pack_branches, pack_transitions
 from echelon.data.replay import Replay, Transition, transitions
+from echelon.errors import DataError
 from echelon.models.heads import Places, Spans, UtteranceCritic
-from echelon.models.lm import attention_inputs
+from echelon.models.lm import attention_inputs, load_tokenizer
 from echelon.ops import bellman, losses
 from echelon.ops.masked import explained_variance, masked_whiten
 from echelon.rollout.evaluate import rollout_metrics
 from echelon.rollout.plays import env_loop
 from echelon.rollout.roles import Role, answer_all, collect
-from echelon.rollout.setup import describe, open_actor, open_env, set_threads, task_batch
+from echelon.rollout.setup import Actor, describe, model_path, open_actor, open_env, set_threads, task_batch
 from echelon.seeds import derive_seed
 from echelon.train.checkpoint import Checkpoints, Saveable
 from echelon.train.learner import Learner, Weights, average
@@ -70,7 +71,9 @@ class Config(RunConfig):
     critic_optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer of the critic."""
     critic_body: Literal["own", "actor"] = "own"
-    """What the critic reads with: its own copy of the actor's body, or the actor's body itself (heads only are learned)."""
+    """What the critic reads with: a body of its own, or the actor's, of which only the heads are then learned."""
+    critic_path: str = ""
+    """Model that an own body starts as a copy of, with the actor's tokenizer; empty takes the actor itself."""
     critic_updates: int = 20
     """Critic updates per step."""
     critic_episodes: int = 16
@@ -91,8 +94,8 @@ class Config(RunConfig):
     """Where the actor learns: replayed states with fresh actions (the paper), or the step's own episodes."""
     actor_episodes: int = 64
     """Replayed episodes per actor phase (actor_states = replay)."""
-    whiten: bool = True
-    """Give advantages mean 0 and deviation 1 over the actor's batch."""
+    advantages: Literal["raw", "centred", "whitened"] = "centred"
+    """As the critic gives them, or less their mean over the actor's batch, or also with deviation 1."""
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(loss="reinforce"))
     """How the actor learns from the advantages."""
     tokens_per_pass: int = 16384
@@ -101,14 +104,16 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "env", "model.path")
-        counts = ("steps", "episodes_per_step", "max_turns", "n_step", "replay_capacity", "critic_updates")
-        counts += ("critic_episodes", "fresh_updates", "target_every", "actor_episodes", "tokens_per_pass")
+        counts = ["steps", "episodes_per_step", "max_turns", "n_step", "replay_capacity", "critic_updates"]
+        counts += ["critic_episodes", "fresh_updates", "target_every", "actor_episodes", "tokens_per_pass"]
         for name in counts:
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
         for name in ("fresh_states", "warmup_steps"):
             demand(self, name, getattr(self, name) >= 0, "it is a number of things. Give 0 or more.")
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
         demand(self, "gamma", 0 <= self.gamma <= 1, "a discount lies between 0 and 1. Try 0.95.")
+        own = not (self.critic_path and self.critic_body == "actor")
+        demand(self, "critic_path", own, "critic_body = actor reads with the actor's body. Set critic_body = own.")
         demand(self, "tau", 0 < self.tau <= 1, "the target would never move, or overshoot. Give a number in (0, 1].")
 
 
@@ -119,7 +124,7 @@ def main(cfg: Config) -> None:
     actor = open_actor(cfg.model, cfg.sampling)
     updates = max(0, cfg.steps - cfg.warmup_steps) * cfg.policy.epochs * cfg.policy.minibatches
     policy = Learner(actor.module, cfg.policy.optim, total_steps=updates, name="actor", tokenizer=actor.tokenizer)
-    online = UtteranceCritic.from_lm(actor.module, shared_body=cfg.critic_body == "actor")
+    online = open_critic(cfg, actor)
     critic = Learner(online, cfg.critic_optim, total_steps=cfg.steps * cfg.critic_updates, name="critic")
     target, replay = online.target(), Replay(cfg.replay_capacity)
     parts: dict[str, Saveable] = {"actor": policy, "critic": critic, "target": Weights(target), "replay": replay}
@@ -158,7 +163,7 @@ def main(cfg: Config) -> None:
                 q_2N, v_2N = judge(online, batch, cfg.tokens_per_pass)
                 if step >= cfg.warmup_steps:
                     metrics |= update_actor(cfg, step, policy, reference, online, batch, replay, actor.role)
-                    actor.sampler.load(policy.weights(), policy.version)
+                actor.sampler.load(policy.weights(), policy.version)
 
                 everywhere = torch.ones_like(returns_N, dtype=torch.bool)
                 metrics["critic/explained_variance"] = float(explained_variance(v_2N.mean(0), returns_N, everywhere))
@@ -168,6 +173,23 @@ def main(cfg: Config) -> None:
                 log.episodes(step, episode_rows(episodes[:8], per_turn=columns))
                 if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     checkpoints.save(step + 1, parts)
+
+
+def open_critic(cfg: Config, actor: Actor) -> UtteranceCritic:
+    """A new critic, its heads drawn from the run's seed. Raises DataError for a body that reads other tokens."""
+    base = actor.module
+    if cfg.critic_path:
+        if load_tokenizer(model_path(cfg.critic_path)).get_vocab() != actor.tokenizer.get_vocab():
+            raise DataError(
+                f"critic_path = {cfg.critic_path}: its tokenizer is not the actor's, so it would misread the actor's "
+                "tokens. Use a model with the same tokenizer, or leave critic_path empty."
+            )
+        model = replace(cfg.model, path=cfg.critic_path)
+        base = open_actor(model, cfg.sampling).module
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(cfg.seed, "critic"))
+        critic = UtteranceCritic.from_lm(base, shared_body=cfg.critic_body == "actor")
+    return critic.to(next(base.parameters()).device)
 
 
 def update_critic(
@@ -271,7 +293,9 @@ def update_actor(
     q_2N, v_2N = judge(critic, batch, cfg.tokens_per_pass)
     advantages_N = q_2N.amin(0) - v_2N.amin(0)
     spread = float(advantages_N.std())
-    if cfg.whiten:
+    if cfg.advantages == "centred":
+        advantages_N = advantages_N - advantages_N.mean()
+    elif cfg.advantages == "whitened":
         advantages_N = masked_whiten(advantages_N, torch.ones_like(advantages_N, dtype=torch.bool))
     batch.advantages = batch.spread(advantages_N)
     logged = update_policy(

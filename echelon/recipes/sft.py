@@ -44,6 +44,9 @@ class Config(RunConfig):
     """Conversations per optimizer step; the last step of an epoch may have fewer."""
     max_tokens: int = 1024
     """Longest row; a longer conversation is an error, since cutting it would hide what was learned from."""
+    copy_rows: int = 0
+    """Rows of random tokens, said again and again, that are learned alongside in every step. They teach a model that
+    starts from random weights to look back at what was said before, as any pretrained model can."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
     tokens_per_pass: int = 16384
@@ -51,8 +54,8 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "data")
-        require(self.model, "path")
+        require(self, "data", "model.path")
+        demand(self, "copy_rows", self.copy_rows >= 0, "it counts rows. Give 0 for none.")
         for name in ("epochs", "conversations_per_step", "max_tokens", "tokens_per_pass"):
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
 
@@ -69,7 +72,9 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         return describe({"actor": actor.module}, tokens_per_step=cfg.conversations_per_step * cfg.max_tokens)
 
-    with Checkpoints(Path(cfg.out), config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    with Checkpoints(
+        Path(cfg.out), config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume
+    ) as checkpoints:
         start = checkpoints.restore({"actor": learner})[0] if cfg.resume else 0
         if not cfg.resume:
             checkpoints.save(0, {"actor": learner})
@@ -78,7 +83,9 @@ def main(cfg: Config) -> None:
                 epoch, place = divmod(step, steps_per_epoch)
                 order = np.random.default_rng(derive_seed(cfg.seed, "epoch", epoch)).permutation(len(rows))
                 chosen = order[place * cfg.conversations_per_step : (place + 1) * cfg.conversations_per_step]
-                batch = pack([example for number in chosen for example in rows[number]])
+                examples = [example for number in chosen for example in rows[number]]
+                seed = derive_seed(cfg.seed, "copies", step)
+                batch = pack(examples + copies(cfg.copy_rows, vocabulary=len(actor.tokenizer), seed=seed))
 
                 metrics = learner.update(batch.split(cfg.tokens_per_pass), loss_fn)
                 log.metrics(step, {**metrics, "perplexity": math.exp(metrics["loss"]), "tokens": batch.denom})
@@ -89,6 +96,16 @@ def main(cfg: Config) -> None:
 def loss_fn(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     """Mean negative log-likelihood of the assistant's tokens."""
     return losses.token_sum(losses.nll(token_logprobs(module, batch)), batch.mask, batch.denom), {}
+
+
+def copies(count: int, *, vocabulary: int, seed: int, length: int = 64) -> list[Example]:
+    """Rows of random tokens in which a first part is followed by itself, over and over."""
+    draw = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        part = draw.integers(vocabulary, size=draw.integers(4, length // 2)).tolist()
+        found.append(Example(part, (part * (length // len(part)))[: length - len(part)]))
+    return found
 
 
 def read_conversations(path: Path) -> Iterator[list[Message]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from echelon.data.packing import Sampled
 from echelon.errors import EchelonError, RolloutError
@@ -67,7 +68,7 @@ class Role:
         last = own[-1]
         ids = self.renderer.extend([*last.prompt, *last.action], messages)
         cuts = [0, *last.starts, len(last.prompt), len(ids)]
-        return self.renderer.join([ids[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)])
+        return self.renderer.join([ids[start:stop] for start, stop in pairwise(cuts)])
 
 
 async def collect(

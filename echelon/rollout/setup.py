@@ -1,4 +1,4 @@
-"""Opening what a run needs before its loop: an environment that passes its check, a model ready to act, tasks in order."""
+"""What a run opens before its loop: an environment that passes its check, a model ready to act, tasks in order."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def open_actor(
 
 
 def model_path(path: str) -> str:
-    """Where the Hugging Face folder is that a user means by a model folder, a checkpoint, a run directory or a hub id."""
+    """The Hugging Face folder or hub id that is meant by a model folder, a checkpoint, a run directory or a hub id."""
     if not Path(path).is_dir():
         return path
     try:
@@ -74,7 +74,7 @@ def model_path(path: str) -> str:
 
 
 def task_batch(tasks: Sequence[Task], step: int, count: int, *, seed: int) -> list[Task]:
-    """The tasks of one step: each epoch is a new order of all tasks. A function of the step, so resuming needs no state."""
+    """The tasks of one step: each epoch is a new order of all tasks. It needs no state, so neither does resuming."""
     picked: list[Task] = []
     for position in range(step * count, (step + 1) * count):
         epoch, place = divmod(position, len(tasks))

@@ -280,7 +280,7 @@ class LocalSampler:
                 del self._lengths[len(key)]
 
     def _longest_shared(self, prompt: list[int]) -> tuple[int, int]:
-        """The most first tokens of a prompt that some slot holds, and the slot. The prompt's last token never counts."""
+        """The most first tokens of a prompt, its last one left out, that some slot holds, and the slot."""
         best, source = 0, -1
         for slot, ids in enumerate(self._ids):
             if len(ids) > best and ids[: best + 1] == prompt[: best + 1]:

@@ -55,8 +55,8 @@ class ScriptedSampler:
     def _next(self, answers: Sequence[Answer]) -> Answer:
         if len(self.asked) > len(answers):
             raise RolloutError(
-                f"the script has {len(answers)} answers and was asked for one more. Give it as many as there are turns, "
-                "or a function of the prompt."
+                f"the script has {len(answers)} answers and was asked for one more. Give it as many as there are "
+                "turns, or a function of the prompt."
             )
         return answers[len(self.asked) - 1]
 

@@ -55,8 +55,8 @@ class Renderer:
         return self.fit(self.segments(messages))
 
     def segments(self, messages: Sequence[Message]) -> list[list[int]]:
-        """The parts of the prompt that asks for the next assistant message, as `join` takes them: first the instruction,
-        then one per exchange, an assistant message with what was answered to it."""
+        """The parts of a prompt, as `join` takes them: first the instruction, then one part per exchange, which is an
+        assistant message and what was answered to it. The last part ends with the cue for the next one."""
         if not messages or messages[-1]["role"] == "assistant":
             raise DataError("nothing to answer: a prompt needs messages, and the last one must not be the assistant's.")
         head, exchanges = _split(messages)
@@ -201,8 +201,8 @@ def _split(
     silent = [index for index, (_, heard) in enumerate(exchanges) if not heard]
     if not head or (silent and (answered or silent != [len(exchanges) - 1])):
         raise DataError(
-            f"a conversation of roles [{', '.join(message['role'] for message in messages)}] cannot be rendered: it must "
-            "begin with an instruction, and two assistant messages may not follow each other."
+            f"a conversation of roles [{', '.join(message['role'] for message in messages)}] cannot be rendered: it "
+            "must begin with an instruction, and two assistant messages may not follow each other."
         )
     return head, exchanges
 

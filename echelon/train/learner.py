@@ -127,14 +127,14 @@ class Learner:
                 state.setdefault(int(index), {})[name] = value
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"{folder} holds no optimizer state, so training cannot continue from it. Give a checkpoint's folder, or "
-                "start a new run from these weights with model.path."
+                f"{folder} holds no optimizer state, so training cannot continue from it. Give a checkpoint's folder, "
+                "or start a new run from these weights with model.path."
             ) from error
         shapes = {index: parameter.shape for index, parameter in enumerate(self.trained)}
         if any(entry["exp_avg"].shape != shapes.get(index) for index, entry in state.items()):
             raise CheckpointError(
-                f"the optimizer state in {folder} belongs to other weights than the {len(shapes)} that are trained here. "
-                "Train the same parts of the same model as the run that saved it."
+                f"the optimizer state in {folder} belongs to other weights than the {len(shapes)} that are trained "
+                "here. Train the same parts of the same model as the run that saved it."
             )
         load_module(self.module, folder)
         self.version = int(counters["version"])

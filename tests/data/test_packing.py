@@ -163,7 +163,9 @@ def test_mini_batches_partition_the_rows_and_count_their_own_tokens(
     parts = batch.shuffle_split(count, seed=seed)
     assert len(parts) == min(count, len(shape))
     rows = [row[:length].tolist() for part in parts for row, length in zip(part.tokens, part.lengths, strict=True)]
-    assert sorted(rows) == sorted(row[:length].tolist() for row, length in zip(batch.tokens, batch.lengths, strict=True))
+    assert sorted(rows) == sorted(
+        row[:length].tolist() for row, length in zip(batch.tokens, batch.lengths, strict=True)
+    )
     assert max(len(part.tokens) for part in parts) - min(len(part.tokens) for part in parts) <= 1
     for part in parts:
         assert part.denom == part.mask.sum()
@@ -198,7 +200,9 @@ def test_moving_a_batch_keeps_what_is_not_a_tensor() -> None:
 
 
 def episode(*turns: Sampled, ending: str = "terminated", final: list[int] | None = None) -> Episode:
-    taken = [Turn(i, "a", t.prompt, t.action, t.logprobs, "", i - 1 if i else None, reward=i) for i, t in enumerate(turns)]
+    taken = [
+        Turn(i, "a", t.prompt, t.action, t.logprobs, "", i - 1 if i else None, reward=i) for i, t in enumerate(turns)
+    ]
     return Episode("t", turns=taken, ending=ending, final=final)  # type: ignore[arg-type]
 
 

@@ -138,7 +138,9 @@ def test_values_before_and_after_tokens() -> None:
 
     other = pack([Sampled([5, 6, 7], [8, 20], [0.0] * 2)])
     changed_BT, changed_B = token_values(value, other)
-    torch.testing.assert_close(changed_BT[0, :5], before_BT[0, :5], atol=1e-6, rtol=0)  # has not seen the token it judges
+    torch.testing.assert_close(
+        changed_BT[0, :5], before_BT[0, :5], atol=1e-6, rtol=0
+    )  # has not seen the token it judges
     assert not changed_B.isclose(everything[0, 4]).any()
 
 

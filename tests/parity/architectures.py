@@ -24,7 +24,11 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _WINDOW = {"sliding_window": 8}
-_MIXED = {**_WINDOW, "num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+_MIXED = {
+    **_WINDOW,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+}
 _CAPPED = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 _GPT2_ENDS = {"bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -50,7 +54,9 @@ def model(name: str) -> Any:
     """One of the `ARCHITECTURES`, the same one every time: do not train it."""
     kind, settings = ARCHITECTURES[name]
     attention = settings.get("attn_implementation", "sdpa")
-    config = getattr(transformers, kind)(**{key: value for key, value in settings.items() if key != "attn_implementation"})
+    config = getattr(transformers, kind)(
+        **{key: value for key, value in settings.items() if key != "attn_implementation"}
+    )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()

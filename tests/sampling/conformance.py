@@ -17,7 +17,7 @@ from echelon.types import Completion, Sampler, SamplingParams
 async def check_sampler(
     sampler: Sampler, tokenizer: Any, prompts: Sequence[list[int]], *, stop_id: int, length: int = 24
 ) -> None:
-    """Raises AssertionError for the first promise that is broken. `stop_id` is what ends a message of this tokenizer."""
+    """Raises AssertionError for the first promise that is broken. `stop_id` is what ends a message."""
     free = [SamplingParams(max_tokens=length, stop_ids=(stop_id,), seed=seed) for seed in range(len(prompts))]
     requests = list(zip(prompts, free, strict=True))
     said = [await sampler.sample(prompt, params) for prompt, params in requests]

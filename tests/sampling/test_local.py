@@ -54,9 +54,7 @@ def plain_loop(module: Any, prompt: list[int], params: SamplingParams) -> tuple[
     logprobs: list[float] = []
     while len(tokens) < params.max_tokens:
         logits = module(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[:, -1].float()
-        shaped = restrict_logits(
-            logits, temperature=params.temperature or 1.0, top_k=params.top_k, top_p=params.top_p
-        )
+        shaped = restrict_logits(logits, temperature=params.temperature or 1.0, top_k=params.top_k, top_p=params.top_p)
         uniform = counter_uniform(torch.tensor([params.seed]), torch.tensor([len(tokens)]))
         token = int(logits.argmax()) if params.temperature == 0 else int(sample_from(shaped, uniform))
         tokens.append(token)
@@ -340,7 +338,7 @@ def learned_positions(count: int) -> Any:
 
 
 def test_prefilling_short_and_long_rows_together_needs_no_position_that_was_never_learned() -> None:
-    """A row far along in its conversation is padded to the length of a fresh one, not moved beyond the last position."""
+    """A row far along in its conversation is padded to the length of a fresh one, but not beyond the last position."""
     module, tokenizer = learned_positions(64), small()[1]
     engine = LocalSampler(module, tokenizer)
     prompt = ids(40, 1)

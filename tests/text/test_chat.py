@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -49,7 +50,9 @@ def test_a_conversation_reads_as_the_template_writes_it(kind: str) -> None:
     made = tokenizer(kind)
     expected = made.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if kind == "plain":  # has no token that ends a message, so the tokenizer's EOS does
-        expected = expected.replace("It is 4.\n", "It is 4.<|endoftext|>\n").replace("quite.\n", "quite.<|endoftext|>\n")
+        expected = expected.replace("It is 4.\n", "It is 4.<|endoftext|>\n").replace(
+            "quite.\n", "quite.<|endoftext|>\n"
+        )
     assert written(made, Renderer(made).render(messages)) == expected
 
 
@@ -235,7 +238,7 @@ def test_a_budget_drops_the_oldest_exchanges_and_nothing_else(segments: list[lis
         return
     ids, starts = renderer.join(segments)
     kept = exchanges[len(exchanges) - len(starts) :]
-    assert ids == sum([head, *kept], [])
+    assert ids == [*head, *chain.from_iterable(kept)]
     assert [ids[start : start + len(part)] for start, part in zip(starts, kept, strict=True)] == kept
     assert len(ids) <= budget
     assert len(kept) == len(exchanges) or len(ids) <= max(needed, budget * 3 // 4)

@@ -202,7 +202,7 @@ def test_what_is_frozen_neither_trains_nor_has_state(tmp_path: Path) -> None:
     assert equal(values(module.model.layers[0]), frozen)
     assert len(learner.trained) < len(list(module.parameters()))
     learner.save(tmp_path)
-    with pytest.raises(CheckpointError, match="the optimizer state .* belongs to other weights"):
+    with pytest.raises(CheckpointError, match=r"the optimizer state .* belongs to other weights"):
         Learner(untied(), OptimConfig()).load(tmp_path)
 
 

@@ -1,0 +1,300 @@
+"""The whole story in a few minutes: a two-level agent learns Twenty Questions on a laptop CPU.
+
+Builds a tiny model, warm-starts it on random play, trains it with ArCHer and, from the same start and with the same
+number of episodes, with the flat baseline GRPO, plays test games with all three, and leaves a table, curve.png and
+summary.json. Every stage is an ordinary command with an ordinary settings file, both kept in the run directory.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from echelon.config import RunConfig, demand
+from echelon.envs import EnvSpec, load_env
+from echelon.envs.players import corpus, make_player, measure, play
+from echelon.errors import CheckpointError, RolloutError, need
+from echelon.models.lm import count_parameters, tiny
+
+METHODS = {"warm": "warm start", "grpo": "GRPO (flat)", "archer": "ArCHer (two levels)"}
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Settings of the quickstart."""
+
+    out: str = "runs/quickstart"
+    """Run directory: every stage has a folder in it."""
+    games: int = 2500
+    """Games of random play to warm-start on."""
+    steps: int = 40
+    """Training steps of ArCHer."""
+    episodes_per_step: int = 32
+    """Episodes per step of ArCHer; GRPO gets as many in all."""
+    eval_episodes: int = 500
+    """Test games per method."""
+    parallel: int = 2
+    """Stages that run at the same time, on one thread each."""
+    hidden: int = 64
+    """Width of the tiny model."""
+    layers: int = 2
+    """Depth of the tiny model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("games", "steps", "episodes_per_step", "eval_episodes", "parallel", "layers"):
+            demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
+        demand(self, "hidden", self.hidden % 32 == 0 and self.hidden > 0, "heads are 32 wide. Give a multiple of 32.")
+        whole = self.steps * self.episodes_per_step % GROUPS == 0
+        demand(self, "steps", whole, f"GRPO plays {GROUPS} episodes a step and must get as many in all. Raise it.")
+
+
+GROUPS = 64
+"""Episodes per step of GRPO: 8 tasks, 8 siblings each."""
+
+
+@dataclass(slots=True)
+class Stage:
+    """One command of the story."""
+
+    name: str
+    recipe: str
+    settings: Mapping[str, Any]
+    steps: int = 0
+    """Rows of metrics.jsonl when it is done; 0 for a stage that writes none."""
+    process: subprocess.Popen[bytes] | None = field(default=None)
+    log: IO[bytes] | None = None
+
+
+def main(cfg: Config) -> None:
+    """Run all stages, show the table, write curve.png and summary.json."""
+    need("matplotlib", "plot")
+    began, out, console = time.monotonic(), Path(cfg.out), Console()
+    env_settings = {"subset": True}
+    spec = load_env("twenty_questions", env_settings)
+    stages = plan(cfg, out, env_settings)
+    if cfg.dry_run:
+        for stage in (stage for group in stages for stage in group):
+            console.print(f"echelon {stage.recipe} {out / stage.name}.yaml  ({stage.steps} steps)", soft_wrap=True)
+        return
+    check_out(out, resume=cfg.resume)
+    prepare(cfg, out, spec, console)
+    for group in stages:
+        run_stages(group, out, parallel=cfg.parallel, console=console)
+    summary = summarise(cfg, out, spec, seconds=time.monotonic() - began)
+    draw(out, summary)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    show(summary, console, out)
+
+
+def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[Stage]]:
+    """The stages with their settings; those of one group may run at the same time."""
+    game = {"env": "twenty_questions", "env_settings": dict(env_settings)}
+    common = {"seed": cfg.seed, "threads": 1, "save_every": cfg.save_every, "keep_last": cfg.keep_last}
+    warm = {
+        "model": {"path": str(out / "tiny")},
+        "data": str(out / "random_play.jsonl"),
+        "epochs": 3,
+        "copy_rows": 32,
+        "optim": {"lr": 5e-3, "warmup_steps": 20, "schedule": "cosine"},
+        **common,
+    }
+    start = {"model": {"path": str(out / "warm")}, **game, **common}
+    start["sampling"] = {"max_tokens": 12, "max_prompt_tokens": 512}
+    archer = {**start, "steps": cfg.steps, "episodes_per_step": cfg.episodes_per_step, **ARCHER}
+    rounds = cfg.steps * cfg.episodes_per_step // GROUPS
+    grpo = {**start, "steps": rounds, "tasks_per_step": 8, "group_size": 8, **GRPO}
+    games = {**game, "episodes": cfg.eval_episodes, "max_tokens": 12, "max_prompt_tokens": 512, "seed": cfg.seed}
+    tests = [
+        Stage(
+            f"test_{name}", "evaluate", {"model": {"path": str(out / name)}, **games, "threads": 1, "overwrite": True}
+        )
+        for name in METHODS
+    ]
+    warm_steps = 3 * -(-cfg.games // 32)
+    training = [Stage("archer", "archer", archer, cfg.steps), Stage("grpo", "grpo", grpo, rounds)]
+    return [[Stage("warm", "sft", warm, warm_steps)], training, tests]
+
+
+ARCHER: dict[str, Any] = {
+    "critic_updates": 20,
+    "critic_episodes": 16,
+    "fresh_updates": 20,
+    "fresh_states": 4,
+    "critic_optim": {"lr": 2e-3},
+    "actor_states": "rollout",
+    "warmup_steps": 8,
+    "policy": {"optim": {"lr": 1e-3}, "kl_coef": 0.02},
+}
+GRPO: dict[str, Any] = {"policy": {"optim": {"lr": 1e-3}}}
+
+
+def check_out(out: Path, *, resume: bool) -> None:
+    """Raise CheckpointError for a directory with a quickstart in it that shall not be continued, or none that shall."""
+    if resume and not (out / "tiny").exists():
+        raise CheckpointError(f"{out}: there is no quickstart to resume. Leave out --resume.")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise CheckpointError(
+            f"{out}: there is a quickstart already. Continue it with --resume, or choose another --out."
+        )
+
+
+def prepare(cfg: Config, out: Path, spec: EnvSpec, console: Console) -> None:
+    """The tiny model with its tokenizer, and games in which questions and guesses are drawn at random."""
+    if (out / "tiny" / "config.json").exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    tasks = spec.tasks("train")
+    dialogues = [
+        play(spec, tasks[number % len(tasks)], make_player(spec, "random", seed=number, guess=0.5))
+        for number in range(cfg.games)
+    ]
+    with (out / "random_play.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"messages": list(dialogue.messages)}) + "\n" for dialogue in dialogues)
+    module, tokenizer = tiny(corpus(spec), hidden=cfg.hidden, layers=cfg.layers, heads=cfg.hidden // 32, seed=cfg.seed)
+    tokenizer.save_pretrained(out / "tiny")
+    module.save_pretrained(out / "tiny")  # type: ignore[operator]
+    console.print(f"built a model of {count_parameters(module):,} parameters and {cfg.games:,} games of random play")
+
+
+def run_stages(stages: Sequence[Stage], out: Path, *, parallel: int, console: Console) -> None:
+    """Run commands as processes of their own, some at a time, and show how far each is."""
+    waiting = [stage for stage in stages if not (out / stage.name / "done").exists()]
+    running: list[Stage] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with ExitStack() as stack:
+        hidden = not console.is_terminal
+        bars = stack.enter_context(Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden))
+        tasks = {stage.name: bars.add_task(stage.name, total=stage.steps or 1, start=False) for stage in waiting}
+        stack.callback(stop, running)
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                stage = waiting.pop(0)
+                start(stage, out, console)
+                bars.start_task(tasks[stage.name])
+                running.append(stage)
+            time.sleep(POLL_SECONDS)
+            for stage in list(running):
+                bars.update(tasks[stage.name], completed=rows(out / stage.name / "metrics.jsonl"))
+                if finished(stage, out):
+                    bars.update(tasks[stage.name], completed=stage.steps or 1)
+                    running.remove(stage)
+                    if not console.is_terminal:
+                        console.print(f"{stage.name}: done")
+
+
+def start(stage: Stage, out: Path, console: Console) -> None:
+    """Write the settings file and start the command."""
+    settings = out / f"{stage.name}.yaml"
+    settings.write_text(yaml.safe_dump(dict(stage.settings), sort_keys=False), encoding="utf-8")
+    command = [stage.recipe, str(settings), "--out", str(out / stage.name)]
+    if (out / stage.name / "checkpoints").exists() and rows(out / stage.name / "metrics.jsonl"):
+        command.append("--resume")
+    console.print("echelon " + " ".join(command), style="dim", highlight=False, soft_wrap=True)
+    stage.log = (out / f"{stage.name}.log").open("ab")
+    command = [sys.executable, "-m", "echelon", *command]
+    stage.process = subprocess.Popen(command, stdout=stage.log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+
+def finished(stage: Stage, out: Path) -> bool:
+    """Whether a command has ended well. Raises RolloutError when it has ended badly."""
+    assert stage.process is not None
+    assert stage.log is not None
+    status = stage.process.poll()
+    if status is None:
+        return False
+    stage.log.close()
+    log = out / f"{stage.name}.log"
+    if status:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = lines[-1] if lines else "nothing"
+        raise RolloutError(f"the stage '{stage.name}' ended with status {status} and said: {said} See {log}.")
+    (out / stage.name / "done").touch()
+    return True
+
+
+def stop(running: Sequence[Stage]) -> None:
+    """End what still runs; each stage can be resumed."""
+    for stage in running:
+        if stage.process is not None and stage.process.poll() is None:
+            stage.process.terminate()
+            stage.process.wait()
+
+
+def rows(path: Path) -> int:
+    """How many lines a file has; none if it is not there yet."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def summarise(cfg: Config, out: Path, spec: EnvSpec, *, seconds: float) -> dict[str, Any]:
+    """Per method: episodes and seconds of training, mean return and win rate with their intervals, seeds."""
+    methods = {}
+    for name, title in METHODS.items():
+        estimates = json.loads((out / f"test_{name}" / "summary.json").read_text())["estimates"]
+        curve = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+        learned = name != "warm"
+        methods[name] = {
+            "title": title,
+            "episodes": cfg.steps * cfg.episodes_per_step if learned else 0,
+            "seconds": curve[-1]["seconds"],
+            "return": estimates["return"],
+            "win": estimates["win"],
+            "seeds": [cfg.seed],
+            "curve": [row["reward/mean"] for row in curve] if learned else [],
+        }
+    references = {kind: measure(spec, kind).reward for kind in ("random", "optimal")}
+    return {"env": spec.name, "env_settings": dict(spec.settings), "seconds": seconds, **references, "methods": methods}
+
+
+def draw(out: Path, summary: Mapping[str, Any]) -> None:
+    """Mean return of the training episodes over the number played."""
+    need("matplotlib", "plot").use("Agg")
+    from matplotlib import pyplot  # after the backend is chosen
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for method in summary["methods"].values():
+        curve = method["curve"]
+        if not curve:
+            axes.axhline(method["return"]["mean"], color="gray", linestyle=":", label=method["title"])
+            continue
+        per_step = method["episodes"] / len(curve)
+        width = max(1, round(128 / per_step))
+        smooth = [sum(curve[max(0, end - width) : end]) / min(width, end) for end in range(1, len(curve) + 1)]
+        line = axes.plot([per_step * (step + 1) for step in range(len(curve))], smooth, label=method["title"])[0]
+        axes.plot(method["episodes"], method["return"]["mean"], "o", color=line.get_color())
+    axes.axhline(summary["optimal"], color="black", linestyle="--", linewidth=1, label="optimal player")
+    axes.set(xlabel="episodes played", ylabel="mean return", title="Twenty Questions, ten things")
+    axes.legend(loc="best", frameon=False)
+    figure.savefig(out / "curve.png", dpi=150)
+    pyplot.close(figure)
+
+
+def show(summary: Mapping[str, Any], console: Console, out: Path) -> None:
+    """The table."""
+    table = Table("", "episodes", "seconds", "return", "wins", title="Twenty Questions, ten things: test games")
+    for method in summary["methods"].values():
+        ours, win = method["return"], method["win"]
+        table.add_row(
+            method["title"],
+            f"{method['episodes']:,}" if method["episodes"] else "",
+            f"{method['seconds']:.0f}",
+            f"{ours['mean']:.2f} [{ours['low']:.2f}, {ours['high']:.2f}]",
+            f"{win['mean']:.0%} [{win['low']:.0%}, {win['high']:.0%}]",
+        )
+    table.add_row("optimal player", "", "", f"{summary['optimal']:.2f}", "", end_section=True)
+    table.caption = f"95 % bootstrap intervals; {summary['seconds']:.0f} s in all"
+    console.print(table)
+    console.print(f"the curve: {out / 'curve.png'}   the numbers: {out / 'summary.json'}")
