@@ -47,7 +47,7 @@ clean:
 	@echo "Installing into .venv; torch is large, so the first time takes minutes."
 	$(PYTHON) -m venv .venv
 	$(PIP) $(PIP_ARGS) torch
-	$(PIP) --editable .
+	$(PIP) --editable '.[plot]'
 	@touch $@
 
 .venv/.dev: .venv/.core

@@ -152,9 +152,9 @@ class RunConfig:
     seed: int = 0
     """All randomness of the run derives from it."""
     resume: bool = False
-    """Continue from the newest whole checkpoint in the run directory, if there is one."""
+    """Continue from the newest whole checkpoint in the run directory."""
     save_every: int = 50
-    """Steps between checkpoints; 0 saves once, at the end."""
+    """Steps between checkpoints; 0 saves at the start and at the end only."""
     keep_last: int = 2
     """Checkpoints kept; older ones are deleted."""
     threads: int = 0

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from echelon.data.replay import Transition
+from echelon.text.chat import Example
 
 
 class Said(Protocol):
@@ -148,6 +150,8 @@ class CriticBatch:
     terminated_N: Bool[Tensor, "N"]
     denom: float
     """Summed losses are divided by it: the number of transitions of the whole step."""
+    v_denom: float
+    """The same for V: the number of states V is learned at."""
     q_target: Float[Tensor, "2 N"] | None = None
     v_target: Float[Tensor, "2 N"] | None = None
 
@@ -286,7 +290,22 @@ def pack_transitions(transitions: Sequence[Transition]) -> CriticBatch:
         steps_N=torch.tensor([float(step.discount_steps) for step in transitions]),
         terminated_N=torch.tensor([step.terminated for step in transitions]),
         denom=float(len(places)),
+        v_denom=float(len(places)),
     )
+
+
+def copies(count: int, *, vocabulary: int, seed: int, length: int = 64) -> list[Example]:
+    """Rows of random tokens in which a first part is followed by itself, over and over.
+
+    Learning them teaches a model that starts from random weights to look back at what was said before (induction
+    heads, Olsson et al., arXiv 2209.11895), as any pretrained model can.
+    """
+    draw = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        part = draw.integers(vocabulary, size=draw.integers(4, length // 2)).tolist()
+        found.append(Example(part, (part * (length // len(part)))[: length - len(part)]))
+    return found
 
 
 def lay_out(said: Sequence[tuple[list[int], list[int]]]) -> tuple[list[list[int]], list[tuple[int, int]]]:

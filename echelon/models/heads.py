@@ -45,7 +45,7 @@ class TokenValue(nn.Module):
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Float32 values; the one at t has seen token t and all before it."""
         hidden = self.body(input_ids=tokens, use_cache=False).last_hidden_state
-        values: Tensor = self.head(hidden)[..., 0].float()
+        values: Tensor = self.head(hidden.float())[..., 0]
         return values
 
 
@@ -126,11 +126,12 @@ class UtteranceCritic(nn.Module):
                 hidden = self._borrowed[0](input_ids=tokens, use_cache=False, **attention).last_hidden_state
         else:
             hidden = self.body(input_ids=tokens, use_cache=False, **attention).last_hidden_state
+        hidden = hidden.float()  # the heads are float32 whatever the body is
         said = torch.cat([hidden[q_at.row, q_at.state], _span_means(hidden, q_at)], dim=-1)
         seen = hidden[v_at.row, v_at.state]
         q = torch.stack([head(said)[..., 0] for head in self.q])
         v = torch.stack([head(seen)[..., 0] for head in self.v])
-        return q.float(), v.float()
+        return q, v
 
 
 def _span_means(hidden: Float[Tensor, "B T H"], at: Spans) -> Float[Tensor, "N H"]:

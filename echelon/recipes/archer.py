@@ -5,9 +5,9 @@ at their own pace. The high level sees a dialogue as a Markov decision process w
 replay, Q(s, a) regresses on r + γ·V̄(s') and V(s) on Q̄(s, a′) with a′ freshly drawn from the current actor; the bars
 are target networks. The low level writes tokens and is rewarded, once per utterance, with min Q − min V.
 
-Deviations from the paper, each a setting or stated in docs/algorithms/archer.md: the critic is a causal model reading
-a whole episode in one pass (not RoBERTa on state and action apart); log-probs are averaged over the tokens of a step,
-not summed per utterance and divided by their number; the policy loss may be PPO's; KL to the starting policy is possible.
+Deviations from the paper, each a setting or told in docs/algorithms/archer.md: the critic is a causal model that reads
+a whole episode in one pass (not RoBERTa on state and action apart); episodes are replayed whole; the policy loss is a
+mean over tokens, and may be PPO's; V may be learned at some states of an episode only; KL to the start is possible.
 """
 
 from __future__ import annotations
@@ -78,6 +78,9 @@ class Config(RunConfig):
     """Critic updates per step."""
     critic_episodes: int = 16
     """Replayed episodes per critic update."""
+    value_actions: Literal["fresh", "replayed"] = "fresh"
+    """Whose Q is V's target: actions drawn now (the paper), or those in the replay (SARSA). The latter needs no
+    sampling, and makes V the value of the policies that filled the replay: keep that short."""
     fresh_updates: int = 10
     """Critic updates whose episodes and fresh actions are drawn together, in one batch of the sampler."""
     fresh_states: int = 0
@@ -141,6 +144,7 @@ def main(cfg: Config) -> None:
         Path(cfg.out), config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume
     ) as checkpoints:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
+        actor.sampler.load(policy.weights(), policy.version)
         if not cfg.resume:
             checkpoints.save(0, parts)
         with Log(Path(cfg.out), total=cfg.steps, start=start, name="archer") as log:
@@ -203,7 +207,7 @@ def update_critic(
         drawn = replay.sample_episodes(cfg.critic_episodes * updates, seed=seed)
         asked = [asked_states(cfg, episode, derive_seed(seed, number)) for number, episode in enumerate(drawn)]
         states = [drawn[number][turn].state for number, turns in enumerate(asked) for turn in turns]
-        fresh = iter(asyncio.run(answer_all(role, states, seed=seed)))
+        fresh: Iterator[Said] = iter(asyncio.run(answer_all(role, states, seed=seed)))
         for update in range(updates):
             some = slice(update * cfg.critic_episodes, (update + 1) * cfg.critic_episodes)
             batch = with_targets(cfg, target, drawn[some], asked[some], fresh)
@@ -216,7 +220,9 @@ def update_critic(
 
 
 def asked_states(cfg: Config, episode: Sequence[Transition], seed: int) -> list[int]:
-    """Which states of an episode V is learned at, in order."""
+    """Which states of an episode V is learned at with a fresh action, in order."""
+    if cfg.value_actions == "replayed":
+        return []
     if not cfg.fresh_states or cfg.fresh_states >= len(episode):
         return list(range(len(episode)))
     return sorted(np.random.default_rng(seed).choice(len(episode), cfg.fresh_states, replace=False).tolist())
@@ -233,13 +239,17 @@ def with_targets(
     batch = pack_transitions([transition for episode in episodes for transition in episode])
     batch = batch.to(next(target.parameters()).device)
     with torch.no_grad():
-        _, next_v_2N = target(batch.tokens, said_in(batch), Places(batch.next_row_N, batch.next_N))
+        q_2N, next_v_2N = target(batch.tokens, said_in(batch), Places(batch.next_row_N, batch.next_N))
     gamma_N = cfg.gamma**batch.steps_N
     batch.q_target = bellman.td_target(batch.reward_N, next_v_2N, gamma=gamma_N, terminated=batch.terminated_N)
+    if cfg.value_actions == "replayed":
+        batch.v_target = q_2N
+        return batch
     begin_E = np.cumsum([0, *map(len, episodes)])
     at = [int(begin) + turn for begin, turns in zip(begin_E[:-1], asked, strict=True) for turn in turns]
     answers = pack_branches([next(fresh) for _ in at])
     batch.v_target = torch.full_like(batch.q_target, math.nan)
+    batch.v_denom = float(len(at))
     batch.v_target[:, at] = judge(target, answers, cfg.tokens_per_pass)[0].to(batch.v_target)
     return batch
 
@@ -251,7 +261,7 @@ def critic_loss(module: nn.Module, batch: CriticBatch) -> tuple[Tensor, dict[str
     q_2N, v_2N = module(batch.tokens, said_in(batch), Places(batch.row_N, batch.state_N))
     q_loss = losses.squared_error(q_2N, q_target).sum() / batch.denom
     asked = ~v_target.isnan()
-    v_loss = losses.squared_error(v_2N, v_target.nan_to_num(), asked).sum() / batch.denom
+    v_loss = losses.squared_error(v_2N, v_target.nan_to_num(), asked).sum() / batch.v_denom
     means = {"q_mean": q_2N.mean(0).sum() / batch.denom, "q_target": q_target.mean(0).sum() / batch.denom}
     stats = {"q_loss": q_loss, "v_loss": v_loss, "v_mean": v_2N.mean(0).sum() / batch.denom, **means}
     return q_loss + v_loss, {name: value.item() for name, value in stats.items()}
@@ -270,7 +280,8 @@ def judge(critic: UtteranceCritic, batch: Batch, tokens_per_pass: int) -> tuple[
         micro = micro.to(next(critic.parameters()).device)
         said = Spans(micro.row_N, micro.state_N, micro.first_N, micro.last_N)
         q, v = critic(micro.tokens, said, Places(micro.row_N, micro.state_N), **attention_inputs(critic, micro))
-        q_2N[:, micro.index_N], v_2N[:, micro.index_N] = q.cpu(), v.cpu()
+        index_N = micro.index_N.cpu()
+        q_2N[:, index_N], v_2N[:, index_N] = q.cpu(), v.cpu()
     return q_2N, v_2N
 
 

@@ -100,6 +100,7 @@ def main(cfg: Config) -> None:
     out = Path(cfg.out)
     with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
+        actor.sampler.load(policy.weights(), policy.version)
         if not cfg.resume:
             checkpoints.save(0, parts)
         with Log(out, total=cfg.steps, start=start, name="grpo") as log:

@@ -19,14 +19,28 @@ from typing import IO, Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    track,
+)
 from rich.table import Table
+from torch import Tensor, nn
 
-from echelon.config import RunConfig, demand
+from echelon.config import OptimConfig, RunConfig, demand
+from echelon.data.packing import Batch, copies, pack
 from echelon.envs import EnvSpec, load_env
-from echelon.envs.players import corpus, make_player, measure, play
+from echelon.envs.players import make_player, measure, play
 from echelon.errors import CheckpointError, RolloutError, need
-from echelon.models.lm import count_parameters, tiny
+from echelon.models.lm import count_parameters, tiny, token_logprobs
+from echelon.ops import losses
+from echelon.rollout.setup import set_threads
+from echelon.seeds import derive_seed
+from echelon.train.learner import Learner, save_module
 
 METHODS = {"warm": "warm start", "grpo": "GRPO (flat)", "archer": "ArCHer (two levels)"}
 POLL_SECONDS = 0.5
@@ -40,6 +54,8 @@ class Config(RunConfig):
     """Run directory: every stage has a folder in it."""
     games: int = 2500
     """Games of random play to warm-start on."""
+    copying_steps: int = 400
+    """Steps in which the new model learns to repeat random tokens: its stand-in for being pretrained."""
     steps: int = 40
     """Training steps of ArCHer."""
     episodes_per_step: int = 32
@@ -107,14 +123,20 @@ def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[S
     warm = {
         "model": {"path": str(out / "tiny")},
         "data": str(out / "random_play.jsonl"),
-        "epochs": 3,
+        "epochs": 2,
         "copy_rows": 32,
         "optim": {"lr": 5e-3, "warmup_steps": 20, "schedule": "cosine"},
         **common,
     }
     start = {"model": {"path": str(out / "warm")}, **game, **common}
     start["sampling"] = {"max_tokens": 12, "max_prompt_tokens": 512}
-    archer = {**start, "steps": cfg.steps, "episodes_per_step": cfg.episodes_per_step, **ARCHER}
+    archer = {
+        **start,
+        "critic_path": str(out / "tiny"),
+        "steps": cfg.steps,
+        "episodes_per_step": cfg.episodes_per_step,
+        **ARCHER,
+    }
     rounds = cfg.steps * cfg.episodes_per_step // GROUPS
     grpo = {**start, "steps": rounds, "tasks_per_step": 8, "group_size": 8, **GRPO}
     games = {**game, "episodes": cfg.eval_episodes, "max_tokens": 12, "max_prompt_tokens": 512, "seed": cfg.seed}
@@ -124,7 +146,7 @@ def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[S
         )
         for name in METHODS
     ]
-    warm_steps = 3 * -(-cfg.games // 32)
+    warm_steps = 2 * -(-cfg.games // 32)
     training = [Stage("archer", "archer", archer, cfg.steps), Stage("grpo", "grpo", grpo, rounds)]
     return [[Stage("warm", "sft", warm, warm_steps)], training, tests]
 
@@ -157,6 +179,7 @@ def prepare(cfg: Config, out: Path, spec: EnvSpec, console: Console) -> None:
     if (out / "tiny" / "config.json").exists():
         return
     out.mkdir(parents=True, exist_ok=True)
+    set_threads(cfg.threads)
     tasks = spec.tasks("train")
     dialogues = [
         play(spec, tasks[number % len(tasks)], make_player(spec, "random", seed=number, guess=0.5))
@@ -164,10 +187,20 @@ def prepare(cfg: Config, out: Path, spec: EnvSpec, console: Console) -> None:
     ]
     with (out / "random_play.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"messages": list(dialogue.messages)}) + "\n" for dialogue in dialogues)
-    module, tokenizer = tiny(corpus(spec), hidden=cfg.hidden, layers=cfg.layers, heads=cfg.hidden // 32, seed=cfg.seed)
-    tokenizer.save_pretrained(out / "tiny")
-    module.save_pretrained(out / "tiny")  # type: ignore[operator]
+    said = [message["content"] for dialogue in dialogues for message in dialogue.messages]
+    module, tokenizer = tiny(said, hidden=cfg.hidden, layers=cfg.layers, heads=cfg.hidden // 32, seed=cfg.seed)
     console.print(f"built a model of {count_parameters(module):,} parameters and {cfg.games:,} games of random play")
+    optim = OptimConfig(lr=5e-3, betas=(0.9, 0.98), warmup_steps=30, schedule="linear")
+    learner = Learner(module, optim, total_steps=cfg.copying_steps, name="tiny", tokenizer=tokenizer)
+    for step in track(range(cfg.copying_steps), "learning to copy", console=console, disable=not console.is_terminal):
+        rows = copies(64, vocabulary=len(tokenizer), seed=derive_seed(cfg.seed, "copies", step))
+        learner.update([pack(rows)], copying_loss)
+    save_module(module, out / "tiny", tokenizer)
+
+
+def copying_loss(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """Negative log-likelihood of what is said again."""
+    return losses.token_sum(losses.nll(token_logprobs(module, batch)), batch.mask, batch.denom), {}
 
 
 def run_stages(stages: Sequence[Stage], out: Path, *, parallel: int, console: Console) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from echelon.config import ModelConfig, OptimConfig, RunConfig, SamplingConfig, demand, require, to_yaml
-from echelon.data.packing import Batch, pack
+from echelon.data.packing import Batch, copies, pack
 from echelon.errors import DataError
 from echelon.models.lm import token_logprobs
 from echelon.ops import losses
@@ -96,16 +96,6 @@ def main(cfg: Config) -> None:
 def loss_fn(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     """Mean negative log-likelihood of the assistant's tokens."""
     return losses.token_sum(losses.nll(token_logprobs(module, batch)), batch.mask, batch.denom), {}
-
-
-def copies(count: int, *, vocabulary: int, seed: int, length: int = 64) -> list[Example]:
-    """Rows of random tokens in which a first part is followed by itself, over and over."""
-    draw = np.random.default_rng(seed)
-    found = []
-    for _ in range(count):
-        part = draw.integers(vocabulary, size=draw.integers(4, length // 2)).tolist()
-        found.append(Example(part, (part * (length // len(part)))[: length - len(part)]))
-    return found
 
 
 def read_conversations(path: Path) -> Iterator[list[Message]]:
