@@ -150,6 +150,7 @@ class LocalSampler:
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """The live module already has the weights; resident keys and values are those of the old ones and go."""
+        assert not self._running, "weights change between rollouts: a completion would mix old and new ones"
         self.version = version
         self._forget()
 
@@ -195,6 +196,7 @@ class LocalSampler:
             self._forget()  # the module was trained since: keys and values of the old weights are void
         count = len(self._idle)
         admitted, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._running += admitted  # before any work, so that its failure reaches them
         fresh: list[tuple[_Request, int]] = []
         unknown = [request for request in admitted if not self._continues(request, fresh)]
         followers: list[tuple[_Request, _Request, int]] = []
@@ -215,7 +217,6 @@ class LocalSampler:
             self._ids[request.slot] = request.prompt[:known]
             copied.append((request, known))
         self._prefill_all(copied)
-        self._running += admitted
 
     def _prefill_all(self, admitted: list[tuple[_Request, int]]) -> None:
         """Compute what is not yet known of each prompt, rows of similar length together."""
@@ -238,7 +239,9 @@ class LocalSampler:
             fresh = request.prompt[known:-1]
             tokens[row, : len(fresh)] = torch.tensor(fresh)
         rows = torch.tensor([request.slot for request, _ in group])
-        self._forward(tokens, rows, starts[:, None] + torch.arange(width))
+        ends = torch.tensor([len(request.prompt) - 1 for request, _ in group])
+        # Padding goes where the prompt's last token will, and not on: a learned position may not exist that far.
+        self._forward(tokens, rows, torch.minimum(starts[:, None] + torch.arange(width), ends[:, None]))
         for request, _ in group:
             self._ids[request.slot] = request.prompt[:-1]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from echelon import cli
 from echelon.config import ModelConfig, OptimConfig, SamplingConfig
 from echelon.data.packing import CriticBatch, Sampled, pack, pack_transitions
 from echelon.data.replay import Replay, Transition, transitions
@@ -27,11 +25,10 @@ from echelon.recipes.archer import Config, asked_states, critic_loss, judge, ope
 from echelon.rollout.plays import env_loop
 from echelon.rollout.roles import collect
 from echelon.rollout.setup import Actor, open_actor
-from echelon.text.chat import Renderer
+from echelon.sampling.scripted import ScriptedSampler
 from echelon.train.learner import Learner
 from echelon.train.policy import PolicyConfig
 from echelon.types import Episode
-from tests.text.templates import tokenizer as other_tokenizer
 
 SMALL = ("--steps", 3, "--episodes-per-step", 8, "--warmup-steps", 1, "--critic-updates", 3, "--fresh-updates", 2)
 SMALL += ("--critic-episodes", 4, "--actor-episodes", 8)
@@ -121,6 +118,16 @@ def test_v_shall_be_q_of_a_fresh_action_where_one_was_asked_for_and_nothing_else
         torch.testing.assert_close(batch.v_target[:, place], alone[:, 0], rtol=1e-5, atol=1e-5)
 
 
+def test_v_may_be_pulled_towards_q_of_what_was_said_then_and_nothing_is_sampled(lm: Any) -> None:
+    critic = lively(lm)
+    cfg = config(value_actions="replayed")
+    assert asked_states(cfg, WON, 0) == []
+    batch = archer.with_targets(cfg, critic, [WON, CUT], [[], []], iter(()))
+    assert batch.v_target is not None
+    torch.testing.assert_close(batch.v_target, judge(critic, pack([*WON, *CUT]), 1000)[0], rtol=1e-5, atol=1e-5)
+    assert (batch.denom, batch.v_denom) == (4.0, 4.0)
+
+
 def test_episodes_in_one_row_have_the_targets_of_their_transitions_packed_one_by_one(lm: Any) -> None:
     critic = lively(lm)
     batch = with_targets(critic, [WON, CUT])
@@ -146,7 +153,7 @@ def test_the_loss_is_the_square_of_both_twins_misses_and_v_counts_where_it_was_a
     batch = with_targets(flat(lm), [WON, CUT], [[0], []], FRESH[:1], gamma=0.95)
     loss, stats = critic_loss(flat(lm), batch)
     q = (1.5**2 * 3 + 8.0**2) / 4 + (4.4**2 * 3 + 7.0**2) / 4  # -9 for -10.5 and -1, -8 for -12.4 and -1
-    v = (1.0**2 + 4.0**2) / 4  # -10 for -9 and -12 for -8, at one of four states
+    v = (1.0**2 + 4.0**2) / 1  # -10 for -9 and -12 for -8, at the one state of four that was asked
     assert stats["q_loss"] == pytest.approx(q)
     assert stats["v_loss"] == pytest.approx(v)
     assert loss.item() == pytest.approx(q + v)
@@ -281,6 +288,16 @@ def test_the_target_is_copied_every_so_many_optimizer_steps_and_rests_between(be
     torch.testing.assert_close(level.copy(level.target), level.copy(level.critic.module), rtol=0, atol=0)
 
 
+def test_replayed_actions_need_no_sampler(begin: Begin) -> None:
+    cfg = config(**QUICK, value_actions="replayed")
+    level = begin(cfg)
+    sampler = ScriptedSampler([], level.actor.tokenizer)
+    level.actor.role.sampler = sampler
+    level.update(cfg)
+    assert sampler.asked == []
+    assert level.critic.version == 2
+
+
 @pytest.mark.parametrize("fresh_states", [0, 1])
 @pytest.mark.parametrize("fresh_updates", [1, 2, 5])
 def test_fresh_actions_answer_the_states_they_are_asked_for(
@@ -392,7 +409,9 @@ def test_a_critic_that_reads_other_tokens_is_refused_before_anything_is_written(
 def test_critics_of_one_seed_begin_alike_and_of_another_differ(begin: Begin) -> None:
     one, same, other = (begin(config(seed=seed)).critic.module.state_dict() for seed in (0, 0, 1))
     assert all(tensor.equal(same[name]) for name, tensor in one.items())
-    assert not any(tensor.equal(other[name]) for name, tensor in one.items() if name.endswith("0.weight") and "." in name[:2])
+    assert not any(
+        tensor.equal(other[name]) for name, tensor in one.items() if name.endswith("0.weight") and "." in name[:2]
+    )
 
 
 @pytest.mark.parametrize("states", ["rollout", "replay"])
@@ -447,7 +466,11 @@ def test_an_episode_cut_off_bootstraps_and_one_that_was_won_does_not(train, game
     stored.load(folder)
     found = [transition for episode in stored.episodes() for transition in episode]
     assert {(transition.reward, transition.terminated) for transition in found} == {(-1.0, False), (0.0, True)}
-    assert all(transition.next_state[: len(transition.state)] == transition.state for transition in found if transition.next_state)
+    assert all(
+        transition.next_state[: len(transition.state)] == transition.state
+        for transition in found
+        if transition.next_state
+    )
 
 
 def test_the_starting_policy_is_kept_and_left(train, game: list[str], start: Path) -> None:

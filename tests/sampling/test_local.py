@@ -121,6 +121,18 @@ def test_what_else_is_in_the_batch_changes_nothing(others: int) -> None:
         assert together.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
 
+def test_a_prompt_may_be_exactly_what_is_resident() -> None:
+    """The last token of an answer is never fed, so this prompt has no token that is not yet known."""
+    module, tokenizer = small()
+    for length in (3, 30):
+        engine = LocalSampler(module, tokenizer)
+        prompt = ids(length, 1)
+        (said,) = ask(engine, [(prompt, SamplingParams(max_tokens=5))])
+        for end in (4, 5, 0):
+            request = ([*prompt, *said.tokens[:end]], SamplingParams(max_tokens=5, seed=end))
+            assert_plain(module, [request], ask(engine, [request]))
+
+
 def test_seeds_name_streams() -> None:
     module, tokenizer = small()
     requests = [(ids(5, 1), SamplingParams(max_tokens=8, seed=seed)) for seed in [*range(40), 0, 1]]
@@ -309,6 +321,21 @@ def test_a_request_that_is_given_up_disturbs_no_other() -> None:
     rest = [n for n in range(7) if n not in (1, 5)]
     assert_plain(module, [requests[n] for n in rest], [said[n] for n in rest])  # type: ignore[misc]
     assert_plain(module, requests, ask(engine, requests))
+
+
+def test_a_request_that_is_given_up_makes_room() -> None:
+    module, tokenizer = small()
+    engine = LocalSampler(module, tokenizer, slots=1)
+    request = (ids(9, 1), SamplingParams(max_tokens=3))
+
+    async def give_up() -> list[Completion | BaseException]:
+        endless = asyncio.ensure_future(engine.sample(ids(5, 2), SamplingParams(max_tokens=10**9)))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        endless.cancel()
+        return await answers(engine, [request])
+
+    assert_plain(module, [request], asyncio.run(give_up()))  # type: ignore[arg-type]
 
 
 def test_an_aborted_rollout_leaves_an_engine_that_works() -> None:

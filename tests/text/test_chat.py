@@ -143,8 +143,9 @@ def test_what_was_heard_may_be_several_messages_and_other_roles() -> None:
 
 
 def test_messages_that_only_look_alike_are_told_apart() -> None:
-    """Separators inside a message must not make it look like two."""
+    """Separators inside a message must not make it look like two, nor one speaker like another."""
     renderer = Renderer(tokenizer("tiny"))
+    assert renderer.extend([5], [user("a")]) != renderer.extend([5], [system("a")])
     assert renderer.extend([5], [user("a"), user("b")]) != renderer.extend([5], [user("a\x1fuser\x1eb")])
 
 
