@@ -100,7 +100,7 @@ class OptimConfig:
     warmup_steps: int = 0
     """Steps during which the learning rate rises linearly from zero."""
     final_lr_fraction: float = 0.0
-    """Learning rate of the last step, as a part of the peak (schedules other than constant)."""
+    """Where a decaying schedule ends, as a part of the peak."""
 
     def __post_init__(self) -> None:
         demand(self, "lr", 0 <= self.lr < math.inf, "a step length is finite and not negative. Try 1e-3 or less.")

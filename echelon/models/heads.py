@@ -35,7 +35,8 @@ class TokenValue(nn.Module):
     @classmethod
     def from_lm(cls, lm: nn.Module) -> TokenValue:
         """A value model whose body starts as a copy of the language model's."""
-        return cls(copy.deepcopy(backbone(lm)), hidden_size(lm))
+        body = copy.deepcopy(backbone(lm))
+        return cls(body, hidden_size(lm)).to(next(body.parameters()).device)
 
     @torch.no_grad()
     def start_at(self, value: float) -> None:
@@ -102,7 +103,8 @@ class UtteranceCritic(nn.Module):
     def from_lm(cls, lm: nn.Module, *, shared_body: bool = False) -> UtteranceCritic:
         """A critic whose body starts as a copy of the language model's, or is the language model's."""
         body = backbone(lm)
-        return cls(body if shared_body else copy.deepcopy(body), hidden_size(lm), shared_body=shared_body)
+        critic = cls(body if shared_body else copy.deepcopy(body), hidden_size(lm), shared_body=shared_body)
+        return critic.to(next(body.parameters()).device)
 
     @torch.no_grad()
     def start_at(self, value: float) -> None:

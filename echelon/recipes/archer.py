@@ -192,8 +192,7 @@ def open_critic(cfg: Config, actor: Actor) -> UtteranceCritic:
         base = open_actor(model, cfg.sampling).module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(cfg.seed, "critic"))
-        critic = UtteranceCritic.from_lm(base, shared_body=cfg.critic_body == "actor")
-    return critic.to(next(base.parameters()).device)
+        return UtteranceCritic.from_lm(base, shared_body=cfg.critic_body == "actor")
 
 
 def update_critic(

@@ -18,14 +18,18 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
 
 from echelon.config import ModelConfig, RunConfig, SamplingConfig, Settings, demand, require
 from echelon.envs.players import make_player
 from echelon.errors import CheckpointError
+from echelon.models.heads import UtteranceCritic
 from echelon.rollout.evaluate import Estimate, bootstrap, scripted_loop, summarise
 from echelon.rollout.plays import env_loop
 from echelon.rollout.roles import collect
-from echelon.rollout.setup import Actor, describe, open_actor, open_env, set_threads
+from echelon.rollout.setup import Actor, describe, model_path, open_actor, open_env, set_threads
+from echelon.sampling.best_of import BestOf, critic_score
+from echelon.train.learner import load_module
 from echelon.train.log import episode_rows
 from echelon.types import Episode, SamplingParams
 
@@ -64,13 +68,15 @@ class Config(RunConfig):
     """Longest prompt, in tokens."""
     stop: tuple[str, ...] = ()
     """An utterance ends as soon as its text contains one of these."""
+    candidates: int = 1
+    """The critic of an ArCHer run picks every utterance among this many; 1 lets the model say what it draws."""
     overwrite: bool = False
     """Replace the evaluation that is in the directory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "env", *(["model.path"] if self.player == "model" else []))
-        for name in ("episodes", "max_turns", "max_tokens", "max_prompt_tokens"):
+        for name in ("episodes", "max_turns", "max_tokens", "max_prompt_tokens", "candidates"):
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
         demand(self, "temperature", self.temperature >= 0, "probabilities would be turned around. Give 0 or more.")
@@ -114,7 +120,26 @@ def open_player(cfg: Config) -> Actor:
         top_p=cfg.top_p,
         stop=cfg.stop,
     )
-    return open_actor(cfg.model, SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens), params=params)
+    actor = open_actor(cfg.model, SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens), params=params)
+    if cfg.candidates > 1:
+        critic = open_critic(Path(model_path(cfg.model.path)).parent / "critic", actor)
+        actor.role.sampler = BestOf(actor.sampler, critic_score(critic), cfg.candidates)
+    return actor
+
+
+def open_critic(folder: Path, actor: Actor) -> UtteranceCritic:
+    """The critic that was learned beside the actor. Raises CheckpointError when there is none."""
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder}: there is no critic, so nobody can pick among candidates. Name a run of archer, or leave "
+            "candidates at 1."
+        )
+    with safe_open(file, framework="pt") as saved:
+        shared = not any(name.startswith("body.") for name in saved.keys())  # noqa: SIM118 (not a mapping)
+    critic = UtteranceCritic.from_lm(actor.module, shared_body=shared)
+    load_module(critic, folder)
+    return critic
 
 
 def estimates(episodes: Sequence[Episode], *, tokens: bool) -> dict[str, Estimate]:

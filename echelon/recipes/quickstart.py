@@ -42,7 +42,12 @@ from echelon.rollout.setup import set_threads
 from echelon.seeds import derive_seed
 from echelon.train.learner import Learner, save_module
 
-METHODS = {"warm": "warm start", "grpo": "GRPO (flat)", "archer": "ArCHer (two levels)"}
+METHODS = {
+    "warm": "warm start",
+    "grpo": "GRPO (flat)",
+    "archer": "ArCHer, actor alone",
+    "archer_pick": "ArCHer, critic picks 1 of 8",
+}
 POLL_SECONDS = 0.5
 
 
@@ -56,9 +61,11 @@ class Config(RunConfig):
     """Games of random play to warm-start on."""
     copying_steps: int = 400
     """Steps in which the new model learns to repeat random tokens: its stand-in for being pretrained."""
-    steps: int = 40
+    guess: float = 0.5
+    """How often random play guesses a thing; otherwise it asks a random question."""
+    steps: int = 30
     """Training steps of ArCHer."""
-    episodes_per_step: int = 32
+    episodes_per_step: int = 128
     """Episodes per step of ArCHer; GRPO gets as many in all."""
     eval_episodes: int = 500
     """Test games per method."""
@@ -125,7 +132,7 @@ def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[S
         "data": str(out / "random_play.jsonl"),
         "epochs": 2,
         "copy_rows": 32,
-        "optim": {"lr": 5e-3, "warmup_steps": 20, "schedule": "cosine"},
+        "optim": {"lr": 3e-3, "warmup_steps": 20, "schedule": "cosine"},
         **common,
     }
     start = {"model": {"path": str(out / "warm")}, **game, **common}
@@ -152,16 +159,16 @@ def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[S
 
 
 ARCHER: dict[str, Any] = {
-    "critic_updates": 20,
-    "critic_episodes": 16,
-    "fresh_updates": 20,
-    "fresh_states": 4,
+    "replay_capacity": 16000,
+    "critic_updates": 24,
+    "critic_episodes": 24,
+    "value_actions": "replayed",
     "critic_optim": {"lr": 2e-3},
     "actor_states": "rollout",
-    "warmup_steps": 8,
-    "policy": {"optim": {"lr": 1e-3}, "kl_coef": 0.02},
+    "warmup_steps": 6,
+    "policy": {"loss": "clipped", "epochs": 4, "optim": {"lr": 5e-4}, "kl_coef": 0.02},
 }
-GRPO: dict[str, Any] = {"policy": {"optim": {"lr": 1e-3}}}
+GRPO: dict[str, Any] = {"policy": {"optim": {"lr": 5e-4}, "epochs": 4, "kl_loss": "k3"}}
 
 
 def check_out(out: Path, *, resume: bool) -> None:
@@ -182,7 +189,7 @@ def prepare(cfg: Config, out: Path, spec: EnvSpec, console: Console) -> None:
     set_threads(cfg.threads)
     tasks = spec.tasks("train")
     dialogues = [
-        play(spec, tasks[number % len(tasks)], make_player(spec, "random", seed=number, guess=0.5))
+        play(spec, tasks[number % len(tasks)], make_player(spec, "random", seed=number, guess=cfg.guess))
         for number in range(cfg.games)
     ]
     with (out / "random_play.jsonl").open("w", encoding="utf-8") as file:
