@@ -35,6 +35,7 @@ from echelon.rollout.evaluate import rollout_metrics
 from echelon.rollout.plays import env_loop
 from echelon.rollout.roles import Role, answer_all, collect
 from echelon.rollout.setup import Actor, describe, model_path, open_actor, open_env, set_threads, task_batch
+from echelon.sampling.best_of import BestOf, critic_score
 from echelon.seeds import derive_seed
 from echelon.train.checkpoint import Checkpoints, Saveable
 from echelon.train.learner import Learner, Weights, average
@@ -93,6 +94,10 @@ class Config(RunConfig):
     """Hard: critic updates between copies."""
     warmup_steps: int = 5
     """Steps in which only the critic learns."""
+    candidates: int = 1
+    """After the warm-up, the critic picks every utterance that is played among this many; 1 plays what the actor draws."""
+    freeze_actor: bool = False
+    """Only the critic learns; with candidates, that is CHAI."""
     actor_states: Literal["replay", "rollout"] = "replay"
     """Where the actor learns: replayed states with fresh actions (the paper), or the step's own episodes."""
     actor_episodes: int = 64
@@ -108,13 +113,23 @@ class Config(RunConfig):
         super().__post_init__()
         require(self, "env", "model.path")
         counts = ["steps", "episodes_per_step", "max_turns", "n_step", "replay_capacity", "critic_updates"]
-        counts += ["critic_episodes", "fresh_updates", "target_every", "actor_episodes", "tokens_per_pass"]
+        counts += [
+            "critic_episodes",
+            "fresh_updates",
+            "target_every",
+            "actor_episodes",
+            "tokens_per_pass",
+            "candidates",
+        ]
         for name in counts:
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
         for name in ("fresh_states", "warmup_steps"):
             demand(self, name, getattr(self, name) >= 0, "it is a number of things. Give 0 or more.")
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
         demand(self, "gamma", 0 <= self.gamma <= 1, "a discount lies between 0 and 1. Try 0.95.")
+        proposed = self.candidates == 1 or self.actor_states == "replay" or self.freeze_actor
+        because = "what the critic picked is not what the actor would draw. Set actor_states = replay, or freeze_actor."
+        demand(self, "candidates", proposed, because)
         own = not (self.critic_path and self.critic_body == "actor")
         demand(self, "critic_path", own, "critic_body = actor reads with the actor's body. Set critic_body = own.")
         demand(self, "tau", 0 < self.tau <= 1, "the target would never move, or overshoot. Give a number in (0, 1].")
@@ -140,6 +155,9 @@ def main(cfg: Config) -> None:
 
     tasks = env.tasks("train")
     play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
+    chooser = BestOf(actor.sampler, critic_score(online, tokens_per_pass=cfg.tokens_per_pass), cfg.candidates)
+    choosing = Role("actor", chooser, actor.role.renderer, actor.role.params)
+    play_choosing = env_loop(env.make, choosing, max_turns=cfg.max_turns)
     with Checkpoints(
         Path(cfg.out), config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume
     ) as checkpoints:
@@ -153,7 +171,8 @@ def main(cfg: Config) -> None:
                     task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed),
                     derive_seed(cfg.seed, step),
                 )
-                episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
+                played_by = play_choosing if cfg.candidates > 1 and step >= cfg.warmup_steps else play
+                episodes = asyncio.run(collect(chosen, played_by, seed=seed, error_budget=cfg.error_budget))
                 played = [episode for episode in episodes if episode.ending != "failed"]
                 found = [transitions(episode, "actor", gamma=cfg.gamma, n_step=cfg.n_step) for episode in played]
                 replay.add(found)
@@ -165,7 +184,7 @@ def main(cfg: Config) -> None:
                 metrics = update_critic(cfg, step, critic, target, replay, actor.role)
                 batch = pack(turns)
                 q_2N, v_2N = judge(online, batch, cfg.tokens_per_pass)
-                if step >= cfg.warmup_steps:
+                if step >= cfg.warmup_steps and not cfg.freeze_actor:
                     metrics |= update_actor(cfg, step, policy, reference, online, batch, replay, actor.role)
                 actor.sampler.load(policy.weights(), policy.version)
 

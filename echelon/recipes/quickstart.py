@@ -57,6 +57,8 @@ class Config(RunConfig):
 
     out: str = "runs/quickstart"
     """Run directory: every stage has a folder in it."""
+    threads: int = 1
+    """CPU threads of every stage: a model this small is fastest on one."""
     games: int = 2500
     """Games of random play to warm-start on."""
     copying_steps: int = 400
@@ -126,13 +128,12 @@ def main(cfg: Config) -> None:
 def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[Stage]]:
     """The stages with their settings; those of one group may run at the same time."""
     game = {"env": "twenty_questions", "env_settings": dict(env_settings)}
-    common = {"seed": cfg.seed, "threads": 1, "save_every": cfg.save_every, "keep_last": cfg.keep_last}
+    common = {"seed": cfg.seed, "threads": cfg.threads, "save_every": cfg.save_every, "keep_last": cfg.keep_last}
     warm = {
         "model": {"path": str(out / "tiny")},
         "data": str(out / "random_play.jsonl"),
-        "epochs": 2,
-        "copy_rows": 32,
-        "optim": {"lr": 3e-3, "warmup_steps": 20, "schedule": "cosine"},
+        "epochs": 3,
+        "optim": {"lr": 5e-3, "warmup_steps": 20, "schedule": "cosine"},
         **common,
     }
     start = {"model": {"path": str(out / "warm")}, **game, **common}
@@ -153,7 +154,7 @@ def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[S
         )
         for name in METHODS
     ]
-    warm_steps = 2 * -(-cfg.games // 32)
+    warm_steps = 3 * -(-cfg.games // 32)
     training = [Stage("archer", "archer", archer, cfg.steps), Stage("grpo", "grpo", grpo, rounds)]
     return [[Stage("warm", "sft", warm, warm_steps)], training, tests]
 
@@ -161,12 +162,12 @@ def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[S
 ARCHER: dict[str, Any] = {
     "replay_capacity": 16000,
     "critic_updates": 24,
-    "critic_episodes": 24,
+    "critic_episodes": 16,
     "value_actions": "replayed",
     "critic_optim": {"lr": 2e-3},
     "actor_states": "rollout",
     "warmup_steps": 6,
-    "policy": {"loss": "clipped", "epochs": 4, "optim": {"lr": 5e-4}, "kl_coef": 0.02},
+    "policy": {"loss": "awr", "epochs": 4, "optim": {"lr": 1e-3}},
 }
 GRPO: dict[str, Any] = {"policy": {"optim": {"lr": 5e-4}, "epochs": 4, "kl_loss": "k3"}}
 

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from echelon.config import ModelConfig, OptimConfig, RunConfig, SamplingConfig, demand, require, to_yaml
-from echelon.data.packing import Batch, copies, pack
+from echelon.data.packing import Batch, pack
 from echelon.errors import DataError
 from echelon.models.lm import token_logprobs
 from echelon.ops import losses
@@ -44,9 +44,6 @@ class Config(RunConfig):
     """Conversations per optimizer step; the last step of an epoch may have fewer."""
     max_tokens: int = 1024
     """Longest row; a longer conversation is an error, since cutting it would hide what was learned from."""
-    copy_rows: int = 0
-    """Rows of random tokens, said again and again, that are learned alongside in every step. They teach a model that
-    starts from random weights to look back at what was said before, as any pretrained model can."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
     tokens_per_pass: int = 16384
@@ -55,7 +52,6 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "data", "model.path")
-        demand(self, "copy_rows", self.copy_rows >= 0, "it counts rows. Give 0 for none.")
         for name in ("epochs", "conversations_per_step", "max_tokens", "tokens_per_pass"):
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
 
@@ -83,9 +79,7 @@ def main(cfg: Config) -> None:
                 epoch, place = divmod(step, steps_per_epoch)
                 order = np.random.default_rng(derive_seed(cfg.seed, "epoch", epoch)).permutation(len(rows))
                 chosen = order[place * cfg.conversations_per_step : (place + 1) * cfg.conversations_per_step]
-                examples = [example for number in chosen for example in rows[number]]
-                seed = derive_seed(cfg.seed, "copies", step)
-                batch = pack(examples + copies(cfg.copy_rows, vocabulary=len(actor.tokenizer), seed=seed))
+                batch = pack([example for number in chosen for example in rows[number]])
 
                 metrics = learner.update(batch.split(cfg.tokens_per_pass), loss_fn)
                 log.metrics(step, {**metrics, "perplexity": math.exp(metrics["loss"]), "tokens": batch.denom})

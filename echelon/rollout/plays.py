@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from echelon.errors import DataError
 from echelon.rollout.roles import Role
 from echelon.types import Env, Episode, Play, Task, Turn
 
@@ -13,7 +15,10 @@ T = TypeVar("T")
 
 
 def env_loop(make: Callable[[Task], Env], actor: Role, *, max_turns: int = 1000) -> Play:
-    """One role in one environment until it ends, or is cut off after `max_turns` (truncated, not terminated)."""
+    """One role in one environment until it ends, or is cut off after `max_turns` (truncated, not terminated).
+
+    Raises DataError, which ends the run, for a reward that is not finite: one would spoil what all others teach.
+    """
 
     async def play(task: Task, episode: Episode) -> None:
         env = make(task)
@@ -22,6 +27,11 @@ def env_loop(make: Callable[[Task], Env], actor: Role, *, max_turns: int = 1000)
         for _ in range(max_turns):
             turn = await actor.act(episode, messages, turn)
             step = await _resolve(env.step(turn.text))
+            if not math.isfinite(step.reward):
+                raise DataError(
+                    f"{type(env).__name__}: task '{task.id}': step() gave the reward {step.reward}. "
+                    "It must be a finite number."
+                )
             turn.reward += step.reward
             episode.metrics.update(step.info)
             messages = step.messages

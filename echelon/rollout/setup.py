@@ -13,7 +13,7 @@ from torch import nn
 
 from echelon.config import ModelConfig, SamplingConfig
 from echelon.envs import EnvSpec, check_env, load_env
-from echelon.errors import CheckpointError
+from echelon.errors import CheckpointError, DataError
 from echelon.models.lm import count_parameters, load_lm, load_tokenizer
 from echelon.rollout.roles import Role
 from echelon.sampling.local import LocalSampler
@@ -54,11 +54,22 @@ def open_actor(
         device=model.device,
         trust_remote_code=model.trust_remote_code,
     )
+    _check_vocabulary(path, module, tokenizer)
     sampler = LocalSampler(module, tokenizer)
     params = params or SamplingParams(
         max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop
     )
     return Actor(module, tokenizer, sampler, Role(name, sampler, renderer, params))
+
+
+def _check_vocabulary(path: str, module: nn.Module, tokenizer: Any) -> None:
+    """Raise DataError for a tokenizer that knows ids the model has no embedding for."""
+    rows = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if len(tokenizer) > rows:
+        raise DataError(
+            f"'{path}': the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}, so it cannot "
+            "read all of them. Save the tokenizer that belongs to the model, or resize its embeddings."
+        )
 
 
 def model_path(path: str) -> str:

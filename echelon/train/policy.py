@@ -28,8 +28,11 @@ class PolicyConfig:
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
     """Optimizer of the policy."""
-    loss: Literal["clipped", "reinforce"] = "clipped"
-    """The clipped surrogate of PPO, or the plain policy gradient (on-policy, so one optimizer step per batch)."""
+    loss: Literal["clipped", "reinforce", "awr"] = "clipped"
+    """The clipped surrogate of PPO, the plain policy gradient (on-policy, so one optimizer step per batch), or
+    advantage-weighted regression, which imitates what was said, the better the more, and pushes nothing away."""
+    awr_beta: float = 3.0
+    """How much more a better utterance is imitated: e to the power of this per unit of advantage, at most 20 times."""
     clip_low: float = 0.2
     """How far the ratio of new to old probability may fall below 1."""
     clip_high: float = 0.2
@@ -54,6 +57,7 @@ class PolicyConfig:
         demand(self, "clip_high", self.clip_high > 0, "no ratio could rise. Give 0.2, or more to clip less.")
         dual = self.dual_clip is None or self.dual_clip > 1
         demand(self, "dual_clip", dual, "a bound of 1 or less would cut off ratios near 1. Give 3, or null for none.")
+        demand(self, "awr_beta", self.awr_beta > 0, "worse utterances would be imitated more. Give a positive number.")
         for name in ("entropy_coef", "kl_coef"):
             demand(self, name, getattr(self, name) >= 0, "a negative weight rewards the opposite. Give 0 or more.")
         off_policy = self.loss == "reinforce" and self.epochs * self.minibatches > 1
@@ -125,7 +129,11 @@ def policy_loss(
     advantages = losses.require(batch.advantages, "advantages", "Set batch.advantages before the update.")
     low, high, dual = settings.clip_low, settings.clip_high, settings.dual_clip
     clipped, stats = losses.clipped_surrogate(logprobs, old, advantages, batch.mask, low=low, high=high, dual=dual)
-    loss = clipped if settings.loss == "clipped" else losses.reinforce(logprobs, advantages, batch.mask)
+    loss = clipped
+    if settings.loss == "reinforce":
+        loss = losses.reinforce(logprobs, advantages, batch.mask)
+    elif settings.loss == "awr":
+        loss = losses.awr(logprobs, advantages, batch.mask, beta=settings.awr_beta)
     if settings.entropy_coef:
         loss = loss - settings.entropy_coef * entropy
     stats |= {"entropy": entropy.detach(), "mismatch/max": (logprobs - old).abs().detach()}
