@@ -95,7 +95,7 @@ class Config(RunConfig):
     warmup_steps: int = 5
     """Steps in which only the critic learns."""
     candidates: int = 1
-    """After the warm-up, the critic picks every utterance that is played among this many; 1 plays what the actor draws."""
+    """After the warm-up, the critic picks every utterance among this many; 1 plays what the actor draws."""
     freeze_actor: bool = False
     """Only the critic learns; with candidates, that is CHAI."""
     actor_states: Literal["replay", "rollout"] = "replay"
@@ -112,16 +112,9 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "env", "model.path")
-        counts = ["steps", "episodes_per_step", "max_turns", "n_step", "replay_capacity", "critic_updates"]
-        counts += [
-            "critic_episodes",
-            "fresh_updates",
-            "target_every",
-            "actor_episodes",
-            "tokens_per_pass",
-            "candidates",
-        ]
-        for name in counts:
+        counts = ["steps", "episodes_per_step", "max_turns", "n_step", "replay_capacity", "candidates"]
+        counts += ["critic_updates", "critic_episodes", "fresh_updates", "target_every", "actor_episodes"]
+        for name in (*counts, "tokens_per_pass"):
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
         for name in ("fresh_states", "warmup_steps"):
             demand(self, name, getattr(self, name) >= 0, "it is a number of things. Give 0 or more.")

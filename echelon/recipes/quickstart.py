@@ -46,7 +46,7 @@ METHODS = {
     "warm": "warm start",
     "grpo": "GRPO (flat)",
     "archer": "ArCHer, actor alone",
-    "archer_pick": "ArCHer, critic picks 1 of 8",
+    "archer_pick": "ArCHer, both levels",
 }
 POLL_SECONDS = 0.5
 
@@ -65,7 +65,7 @@ class Config(RunConfig):
     """Steps in which the new model learns to repeat random tokens: its stand-in for being pretrained."""
     guess: float = 0.5
     """How often random play guesses a thing; otherwise it asks a random question."""
-    steps: int = 30
+    steps: int = 26
     """Training steps of ArCHer."""
     episodes_per_step: int = 128
     """Episodes per step of ArCHer; GRPO gets as many in all."""
@@ -159,17 +159,19 @@ def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[S
     return [[Stage("warm", "sft", warm, warm_steps)], training, tests]
 
 
+CANDIDATES = 4
 ARCHER: dict[str, Any] = {
     "replay_capacity": 16000,
     "critic_updates": 24,
     "critic_episodes": 16,
     "value_actions": "replayed",
     "critic_optim": {"lr": 2e-3},
-    "actor_states": "rollout",
-    "warmup_steps": 6,
-    "policy": {"loss": "awr", "epochs": 4, "optim": {"lr": 1e-3}},
+    "warmup_steps": 8,
+    "candidates": CANDIDATES,
+    "actor_episodes": 48,
+    "policy": {"loss": "clipped", "optim": {"lr": 3e-4}, "entropy_coef": 0.02, "kl_coef": 0.02},
 }
-GRPO: dict[str, Any] = {"policy": {"optim": {"lr": 5e-4}, "epochs": 4, "kl_loss": "k3"}}
+GRPO: dict[str, Any] = {"scale": "none", "policy": {"optim": {"lr": 1e-4}, "epochs": 4, "kl_loss": "k3"}}
 
 
 def check_out(out: Path, *, resume: bool) -> None:
@@ -285,8 +287,9 @@ def summarise(cfg: Config, out: Path, spec: EnvSpec, *, seconds: float) -> dict[
     methods = {}
     for name, title in METHODS.items():
         estimates = json.loads((out / f"test_{name}" / "summary.json").read_text())["estimates"]
-        curve = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-        learned = name != "warm"
+        run = out / name.removesuffix("_pick")
+        curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        learned, drawn = name != "warm", name in ("grpo", "archer_pick")
         methods[name] = {
             "title": title,
             "episodes": cfg.steps * cfg.episodes_per_step if learned else 0,
@@ -294,7 +297,7 @@ def summarise(cfg: Config, out: Path, spec: EnvSpec, *, seconds: float) -> dict[
             "return": estimates["return"],
             "win": estimates["win"],
             "seeds": [cfg.seed],
-            "curve": [row["reward/mean"] for row in curve] if learned else [],
+            "curve": [row["reward/mean"] for row in curve] if drawn else [],
         }
     references = {kind: measure(spec, kind).reward for kind in ("random", "optimal")}
     return {"env": spec.name, "env_settings": dict(spec.settings), "seconds": seconds, **references, "methods": methods}
@@ -306,16 +309,19 @@ def draw(out: Path, summary: Mapping[str, Any]) -> None:
     from matplotlib import pyplot  # after the backend is chosen
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for method in summary["methods"].values():
-        curve = method["curve"]
-        if not curve:
-            axes.axhline(method["return"]["mean"], color="gray", linestyle=":", label=method["title"])
+    for name, method in summary["methods"].items():
+        curve, reached = method["curve"], method["return"]["mean"]
+        if name == "warm":
+            axes.axhline(reached, color="gray", linestyle=":", label=method["title"])
             continue
-        per_step = method["episodes"] / len(curve)
-        width = max(1, round(128 / per_step))
-        smooth = [sum(curve[max(0, end - width) : end]) / min(width, end) for end in range(1, len(curve) + 1)]
-        line = axes.plot([per_step * (step + 1) for step in range(len(curve))], smooth, label=method["title"])[0]
-        axes.plot(method["episodes"], method["return"]["mean"], "o", color=line.get_color())
+        color = {"grpo": "tab:orange", "archer": "tab:green", "archer_pick": "tab:blue"}[name]
+        label = method["title"] + ("" if curve else ": test games")
+        axes.plot(method["episodes"], reached, "o", color=color, label=None if curve else label)
+        if curve:
+            per_step = method["episodes"] / len(curve)
+            width = max(1, round(256 / per_step))
+            smooth = [sum(curve[max(0, end - width) : end]) / min(width, end) for end in range(1, len(curve) + 1)]
+            axes.plot([per_step * (step + 1) for step in range(len(curve))], smooth, color=color, label=label)
     axes.axhline(summary["optimal"], color="black", linestyle="--", linewidth=1, label="optimal player")
     axes.set(xlabel="episodes played", ylabel="mean return", title="Twenty Questions, ten things")
     axes.legend(loc="best", frameon=False)

@@ -29,6 +29,7 @@ from echelon.sampling.scripted import ScriptedSampler
 from echelon.train.learner import Learner
 from echelon.train.policy import PolicyConfig
 from echelon.types import Episode
+from tests.recipes.conftest import made, recorded, taught
 
 SMALL = ("--steps", 3, "--episodes-per-step", 8, "--warmup-steps", 1, "--critic-updates", 3, "--fresh-updates", 2)
 SMALL += ("--critic-episodes", 4, "--actor-episodes", 8)
@@ -126,6 +127,25 @@ def test_v_may_be_pulled_towards_q_of_what_was_said_then_and_nothing_is_sampled(
     assert batch.v_target is not None
     torch.testing.assert_close(batch.v_target, judge(critic, pack([*WON, *CUT]), 1000)[0], rtol=1e-5, atol=1e-5)
     assert (batch.denom, batch.v_denom) == (4.0, 4.0)
+
+
+def test_what_follows_is_v_of_the_state_the_actor_saw_next(lm: Any) -> None:
+    """With three turns at a time it lies further along the row; an episode that was cut off ends in its last state."""
+    critic, ids, far = lively(lm), [3, 4], []
+    for said in range(30, 35):
+        far.append([*ids])
+        ids = [*ids, said, 5]
+    states = [*far, ids]
+    episode = [step(states[i], [30 + i], states[min(i + 3, 5)], discount_steps=min(3, 5 - i)) for i in range(5)]
+    batch = with_targets(critic, [WON, episode, CUT], gamma=0.9)
+    assert batch.q_target is not None
+    expected = []
+    for transition in [*WON, *episode, *CUT]:
+        after = torch.zeros(2)
+        if transition.next_state is not None:
+            after = judge(critic, pack([Sampled(transition.next_state, [20], [0.0])]), 1000)[1][:, 0]
+        expected.append(transition.reward + 0.9**transition.discount_steps * after)
+    torch.testing.assert_close(batch.q_target, torch.stack(expected, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_episodes_in_one_row_have_the_targets_of_their_transitions_packed_one_by_one(lm: Any) -> None:
@@ -567,6 +587,27 @@ def test_a_dry_run_prints_sizes_and_writes_nothing(train, game: list[str], capsy
     assert "critic: UtteranceCritic" in out
     assert "tokens per step: at most 72" in out  # 8 episodes, 3 turns, 3 tokens
     assert not run.out.exists()
+
+
+@pytest.fixture(scope="module")
+def apprentice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model that tries one of three keys at each of two doors, and the right one every other time."""
+    env, folder = load_env("text_lock", {"doors": 2, "keys": 3}), tmp_path_factory.mktemp("doors")
+    games = recorded(env, ("optimal", "random", "random"), 96, folder / "games.jsonl")
+    return taught(made(env, folder / "model", layers=1), games, folder / "run", epochs=24)
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_it_learns_which_key_fits_which_door(train, apprentice: Path, seed: int) -> None:
+    """The share of doors opened, first three steps to last three: 0.47 to 0.85, 0.52 to 0.85, 0.49 to 0.87 with these
+    seeds, 0.46 to 0.74 and 0.49 to 0.67 with the next two; nothing is learned in the first six steps, which warm up."""
+    flags = ("--model.path", apprentice, "--env", "text_lock", "--env-settings", "doors=2", "keys=3", "--seed", seed)
+    flags += ("--sampling.max-tokens", 4, "--steps", 18, "--warmup-steps", 6, "--critic-updates", 16)
+    flags += ("--critic-episodes", 32, "--critic-optim.lr", 3e-3)
+    run = train("archer", *flags, "--policy.loss", "clipped", "--policy.epochs", 4, "--policy.optim.lr", 3e-3)
+    rewards = [row["reward/mean"] for row in run.rows()]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
 
 
 COUNT = "it counts something there must be one of. Give 1 or more."
