@@ -41,6 +41,7 @@ from echelon.train.checkpoint import Checkpoints, Saveable
 from echelon.train.learner import Learner, Weights, average
 from echelon.train.log import Log, episode_rows
 from echelon.train.policy import PolicyConfig, starting_policy, update_policy
+from echelon.types import Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +185,7 @@ def main(cfg: Config) -> None:
                 everywhere = torch.ones_like(returns_N, dtype=torch.bool)
                 metrics["critic/explained_variance"] = float(explained_variance(v_2N.mean(0), returns_N, everywhere))
                 log.metrics(step, {**rollout_metrics(episodes), **metrics})
-                per_turn = {"value": v_2N.amin(0), "advantage": q_2N.amin(0) - v_2N.amin(0)}
-                columns = {name: zip(turns, x_N.tolist(), strict=True) for name, x_N in per_turn.items()}
-                log.episodes(step, episode_rows(episodes[:8], per_turn=columns))
+                log.episodes(step, episode_rows(episodes[:8], per_turn=columns(turns, q_2N, v_2N)))
                 if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     checkpoints.save(step + 1, parts)
 
@@ -314,7 +313,7 @@ def update_actor(
         batch = pack_branches(asyncio.run(answer_all(role, states, seed=seed)))
     q_2N, v_2N = judge(critic, batch, cfg.tokens_per_pass)
     advantages_N = q_2N.amin(0) - v_2N.amin(0)
-    spread = float(advantages_N.std())
+    spread = float(advantages_N.std(correction=0))
     if cfg.advantages == "centred":
         advantages_N = advantages_N - advantages_N.mean()
     elif cfg.advantages == "whitened":
@@ -330,6 +329,12 @@ def update_actor(
         seed=derive_seed(cfg.seed, "minibatches", step),
     )
     return {**logged, "policy/advantage_std": spread}
+
+
+def columns(turns: Sequence[Turn], q_2N: Tensor, v_2N: Tensor) -> dict[str, list[tuple[Turn, float]]]:
+    """What episodes.jsonl says of each turn besides its words: value and advantage."""
+    found = {"value": v_2N.amin(0), "advantage": q_2N.amin(0) - v_2N.amin(0)}
+    return {name: list(zip(turns, x_N.tolist(), strict=True)) for name, x_N in found.items()}
 
 
 def mc_returns(found: Sequence[Sequence[Transition]]) -> Tensor:

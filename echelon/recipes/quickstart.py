@@ -148,12 +148,10 @@ def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[S
     rounds = cfg.steps * cfg.episodes_per_step // GROUPS
     grpo = {**start, "steps": rounds, "tasks_per_step": 8, "group_size": 8, **GRPO}
     games = {**game, "episodes": cfg.eval_episodes, "max_tokens": 12, "max_prompt_tokens": 512, "seed": cfg.seed}
-    tests = [
-        Stage(
-            f"test_{name}", "evaluate", {"model": {"path": str(out / name)}, **games, "threads": 1, "overwrite": True}
-        )
-        for name in METHODS
-    ]
+    names = ("warm", "grpo", "archer")
+    tests = [Stage(f"test_{name}", "evaluate", {"model": {"path": str(out / name)}, **games}) for name in names]
+    pick = {"model": {"path": str(out / "archer")}, **games, "candidates": CANDIDATES}
+    tests.append(Stage("test_archer_pick", "evaluate", pick))
     warm_steps = 3 * -(-cfg.games // 32)
     training = [Stage("archer", "archer", archer, cfg.steps), Stage("grpo", "grpo", grpo, rounds)]
     return [[Stage("warm", "sft", warm, warm_steps)], training, tests]

@@ -131,13 +131,13 @@ class Checkpoints:
         setting that must not change within a run (`MAY_CHANGE` may; `steps` grows to train longer).
         """
         path = _newest_whole(self._home)
-        _check_config((path / "config.yaml").read_text(encoding="utf-8"), self._config_yaml, path)
         manifest = _read_manifest(path)
         if missing := sorted(set(parts) - set(manifest["parts"])):
             raise CheckpointError(
                 f"{path}: holds {_listed(manifest['parts'])}, but this run also needs {_listed(missing)}. "
                 "Resume it with the recipe that wrote it."
             )
+        _check_config((path / "config.yaml").read_text(encoding="utf-8"), self._config_yaml, path)
         for name, part in parts.items():
             part.load(path / name)
         _set_random_state(load_file(path / "rng.safetensors"))  # last: loading may draw numbers
