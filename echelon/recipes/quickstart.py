@@ -148,6 +148,7 @@ def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[S
     rounds = cfg.steps * cfg.episodes_per_step // GROUPS
     grpo = {**start, "steps": rounds, "tasks_per_step": 8, "group_size": 8, **GRPO}
     games = {**game, "episodes": cfg.eval_episodes, "max_tokens": 12, "max_prompt_tokens": 512, "seed": cfg.seed}
+    games |= {"threads": cfg.threads, "overwrite": True}
     names = ("warm", "grpo", "archer")
     tests = [Stage(f"test_{name}", "evaluate", {"model": {"path": str(out / name)}, **games}) for name in names]
     pick = {"model": {"path": str(out / "archer")}, **games, "candidates": CANDIDATES}
@@ -297,7 +298,7 @@ def summarise(cfg: Config, out: Path, spec: EnvSpec, *, seconds: float) -> dict[
             "seeds": [cfg.seed],
             "curve": [row["reward/mean"] for row in curve] if drawn else [],
         }
-    references = {kind: measure(spec, kind).reward for kind in ("random", "optimal")}
+    references = {"random": measure(spec, "random", rounds=100).reward, "optimal": measure(spec, "optimal").reward}
     return {"env": spec.name, "env_settings": dict(spec.settings), "seconds": seconds, **references, "methods": methods}
 
 
@@ -322,7 +323,7 @@ def draw(out: Path, summary: Mapping[str, Any]) -> None:
             axes.plot([per_step * (step + 1) for step in range(len(curve))], smooth, color=color, label=label)
     axes.axhline(summary["optimal"], color="black", linestyle="--", linewidth=1, label="optimal player")
     axes.set(xlabel="episodes played", ylabel="mean return", title="Twenty Questions, ten things")
-    axes.legend(loc="best", frameon=False)
+    axes.legend(loc="lower right", frameon=False)
     figure.savefig(out / "curve.png", dpi=150)
     pyplot.close(figure)
 
@@ -340,6 +341,8 @@ def show(summary: Mapping[str, Any], console: Console, out: Path) -> None:
             f"{win['mean']:.0%} [{win['low']:.0%}, {win['high']:.0%}]",
         )
     table.add_row("optimal player", "", "", f"{summary['optimal']:.2f}", "", end_section=True)
-    table.caption = f"95 % bootstrap intervals; {summary['seconds']:.0f} s in all"
+    table.caption = f"95 % bootstrap intervals; {summary['seconds']:.0f} s since this command was started"
+    for column in table.columns:
+        column.no_wrap = True
     console.print(table)
     console.print(f"the curve: {out / 'curve.png'}   the numbers: {out / 'summary.json'}")
