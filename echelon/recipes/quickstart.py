@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -45,8 +46,8 @@ from echelon.train.learner import Learner, save_module
 METHODS = {
     "warm": "warm start",
     "grpo": "GRPO (flat)",
-    "archer": "ArCHer, actor alone",
-    "archer_pick": "ArCHer, both levels",
+    "archer": "ArCHer, actor",
+    "archer_pick": "ArCHer, both",
 }
 POLL_SECONDS = 0.5
 
@@ -323,14 +324,16 @@ def draw(out: Path, summary: Mapping[str, Any]) -> None:
             axes.plot([per_step * (step + 1) for step in range(len(curve))], smooth, color=color, label=label)
     axes.axhline(summary["optimal"], color="black", linestyle="--", linewidth=1, label="optimal player")
     axes.set(xlabel="episodes played", ylabel="mean return", title="Twenty Questions, ten things")
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(0.0, 0.93), frameon=False)
     figure.savefig(out / "curve.png", dpi=150)
     pyplot.close(figure)
 
 
 def show(summary: Mapping[str, Any], console: Console, out: Path) -> None:
     """The table."""
-    table = Table("", "episodes", "seconds", "return", "wins", title="Twenty Questions, ten things: test games")
+    table = Table(
+        "", "episodes", "s", "return", "wins", title="Twenty Questions, ten things: test games", box=SIMPLE_HEAD
+    )
     for method in summary["methods"].values():
         ours, win = method["return"], method["win"]
         table.add_row(
@@ -341,7 +344,7 @@ def show(summary: Mapping[str, Any], console: Console, out: Path) -> None:
             f"{win['mean']:.0%} [{win['low']:.0%}, {win['high']:.0%}]",
         )
     table.add_row("optimal player", "", "", f"{summary['optimal']:.2f}", "", end_section=True)
-    table.caption = f"95 % bootstrap intervals; {summary['seconds']:.0f} s since this command was started"
+    table.caption = f"95 % intervals; {summary['seconds']:.0f} s since this command was started"
     for column in table.columns:
         column.no_wrap = True
     console.print(table)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from echelon import cli
 from echelon.config import ModelConfig, OptimConfig, SamplingConfig
 from echelon.data.packing import CriticBatch, Sampled, pack, pack_transitions
 from echelon.data.replay import Replay, Transition, transitions
@@ -530,6 +531,8 @@ VARIANTS = {
     "after it": ("--warmup-steps", 1, "--policy.kl-coef", 0.1, "--n-step", 2),
     "rollout states": ("--warmup-steps", 0, "--actor-states", "rollout", "--fresh-states", 1, "--replay-capacity", 40),
     "hard target, shared body": ("--target", "hard", "--target-every", 4, "--critic-body", "actor"),
+    "both levels act": ("--warmup-steps", 1, "--candidates", 3, "--value-actions", "replayed"),
+    "regression": ("--warmup-steps", 1, "--policy.loss", "awr", "--policy.epochs", 2),
     "schedules": ("--critic-optim.schedule", "linear", "--policy.optim.schedule", "cosine"),
 }
 
@@ -648,3 +651,16 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
 def test_the_edges_of_the_rules_are_allowed() -> None:
     config(tau=1.0, gamma=0.0, fresh_states=0, warmup_steps=0, error_budget=0.0)
     config(gamma=1.0, critic_path="other", policy=PolicyConfig(loss="clipped", epochs=4))
+
+
+def test_choosing_needs_states_the_actor_can_answer_itself(game: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["archer", *map(str, game), "--out", "nowhere", "--candidates", "2", "--actor-states", "rollout"]
+    assert cli.main(words) == 2
+    assert "candidates = 2: what the critic picked is not what the actor would draw." in capsys.readouterr().err
+
+
+def test_a_frozen_actor_stays_as_it_was(train, game: list[str], start: Path) -> None:
+    run = train("archer", *game, *SMALL, "--steps", 3, "--warmup-steps", 1, "--candidates", 2, "--freeze-actor")
+    before = load_file(start / "model.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.weights().items())
+    assert not any("policy/loss" in row for row in run.rows())
