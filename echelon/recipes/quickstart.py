@@ -50,6 +50,7 @@ METHODS = {
     "archer_pick": "ArCHer, both",
 }
 POLL_SECONDS = 0.5
+POLLS_PER_LINE = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +218,7 @@ def run_stages(stages: Sequence[Stage], out: Path, *, parallel: int, console: Co
     """Run commands as processes of their own, some at a time, and show how far each is."""
     waiting = [stage for stage in stages if not (out / stage.name / "done").exists()]
     running: list[Stage] = []
+    polls = 0
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with ExitStack() as stack:
         hidden = not console.is_terminal
@@ -230,6 +232,11 @@ def run_stages(stages: Sequence[Stage], out: Path, *, parallel: int, console: Co
                 bars.start_task(tasks[stage.name])
                 running.append(stage)
             time.sleep(POLL_SECONDS)
+            polls += 1
+            if not console.is_terminal and polls % POLLS_PER_LINE == 0:
+                done = {stage.name: rows(out / stage.name / "metrics.jsonl") for stage in running}
+                far = [f"{s.name} {done[s.name]}/{s.steps}" if s.steps else s.name for s in running]
+                console.print("  ".join(far), highlight=False)
             for stage in list(running):
                 bars.update(tasks[stage.name], completed=rows(out / stage.name / "metrics.jsonl"))
                 if finished(stage, out):
