@@ -649,8 +649,8 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
 
 
 def test_the_edges_of_the_rules_are_allowed() -> None:
-    config(tau=1.0, gamma=0.0, fresh_states=0, warmup_steps=0, error_budget=0.0)
-    config(gamma=1.0, critic_path="other", policy=PolicyConfig(loss="clipped", epochs=4))
+    assert config(tau=1.0, gamma=0.0, fresh_states=0, warmup_steps=0, error_budget=0.0).tau == 1.0
+    assert config(gamma=1.0, critic_path="other", policy=PolicyConfig(loss="clipped", epochs=4)).policy.epochs == 4
 
 
 def test_choosing_needs_states_the_actor_can_answer_itself(game: list[str], capsys: pytest.CaptureFixture[str]) -> None:
