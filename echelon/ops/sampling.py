@@ -11,6 +11,9 @@ from torch import Tensor
 
 from echelon.errors import ConfigError
 
+_BLOCK = 128
+"""Tokens whose probabilities are added up together when one is drawn."""
+
 
 def restrict_logits(
     logits_NV: Float[Tensor, "N V"],
@@ -55,15 +58,37 @@ def counter_uniform(seeds_N: Int64[Tensor, "N"], positions_N: Int64[Tensor, "N"]
     return (_shift_right(bits_N, 12).double() + 0.5) * 2.0**-52  # 52 bits: with 53, the largest would round to 1
 
 
-def sample_from(logits_NV: Float[Tensor, "N V"], uniforms_N: Float[Tensor, "N"]) -> Int64[Tensor, "N"]:
-    """The token at which each row's cumulative probability passes its uniform number. Never one of probability 0."""
-    probs_NV = torch.softmax(logits_NV.double(), -1)
-    # A parallel sum may rise by rounding where nothing is added, so impossible tokens are taken out of it.
-    cumulative_NV = torch.where(probs_NV > 0, probs_NV.cumsum(-1), 0.0)
-    total_N = cumulative_NV.amax(-1)
+def draw(
+    logits_NV: Float32[Tensor, "N V"], uniforms_N: Float[Tensor, "N"]
+) -> tuple[Int64[Tensor, "N"], Float32[Tensor, "N"]]:
+    """The token at which each row's cumulative probability passes its uniform number, and its log-probability.
+
+    Never a token of probability 0. Probabilities are added in double precision, first of blocks of tokens and then
+    within the block that was hit, so that the vocabulary is read twice and not sorted.
+    """
+    rows, vocabulary = logits_NV.shape
+    top_N1 = logits_NV.amax(-1, keepdim=True)
+    weights_NV = (logits_NV - top_N1).exp_()
+    if vocabulary % _BLOCK:
+        weights_NV = torch.nn.functional.pad(weights_NV, (0, -vocabulary % _BLOCK))
+    weights_NKB = weights_NV.view(rows, -1, _BLOCK)
+    mass_NK = weights_NKB.sum(-1, dtype=torch.float64)
+    ends_NK = mass_NK.cumsum(-1)
+    total_N = ends_NK[:, -1]
     assert bool((total_N > 0).all()), "logits that are NaN, or -inf in a whole row, are not a distribution"
-    reach_N = torch.minimum(uniforms_N.double() * total_N, torch.nextafter(total_N, torch.zeros_like(total_N)))
-    return (cumulative_NV > reach_N[:, None]).to(torch.uint8).argmax(-1)
+    reach_N1 = _below(uniforms_N.double() * total_N, total_N)[:, None]
+    block_N = (ends_NK <= reach_N1).sum(-1)
+    before_N = (ends_NK - mass_NK).gather(1, block_N[:, None])[:, 0]
+    within_NB = weights_NKB[torch.arange(rows, device=logits_NV.device), block_N].double().cumsum(-1)
+    rest_N = _below((reach_N1[:, 0] - before_N).clamp_min(0.0), within_NB[:, -1])
+    chosen_N = block_N * _BLOCK + (within_NB <= rest_N[:, None]).sum(-1)
+    logprobs_N = (logits_NV.gather(1, chosen_N[:, None]) - top_N1)[:, 0] - total_N.log().float()
+    return chosen_N, logprobs_N
+
+
+def _below(x_N: Float64[Tensor, "N"], limit_N: Float64[Tensor, "N"]) -> Float64[Tensor, "N"]:
+    """At most the number before the limit: what is passed only at the end is still passed."""
+    return torch.minimum(x_N, torch.nextafter(limit_N, torch.zeros_like(limit_N)))
 
 
 def _nucleus_sizes(logits_NV: Float32[Tensor, "N V"], top_p_N: Float64[Tensor, "N"]) -> Int64[Tensor, "N"]:

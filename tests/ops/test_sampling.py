@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.errors import ConfigError
-from echelon.ops.sampling import counter_uniform, restrict_logits, sample_from
+from echelon.ops.sampling import counter_uniform, draw, restrict_logits
 
 LOGITS = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
 
@@ -174,7 +174,7 @@ def test_draws_never_change():
 def test_inverse_of_the_cumulative_distribution_by_hand():
     logits = LOGITS.expand(6, -1)
     uniforms = torch.tensor([0.1, 0.49, 0.51, 0.74, 0.76, 0.9])
-    assert sample_from(logits, uniforms).tolist() == [0, 0, 1, 1, 2, 3]
+    assert draw(logits, uniforms)[0].tolist() == [0, 0, 1, 1, 2, 3]
 
 
 SMALLEST, LARGEST = 5e-324, 1 - 2**-53
@@ -183,7 +183,7 @@ SMALLEST, LARGEST = 5e-324, 1 - 2**-53
 @pytest.mark.parametrize("uniform", [0.0, SMALLEST, 0.5, LARGEST, 1.0])
 def test_impossible_tokens_are_never_drawn(uniform):
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf], [-math.inf, -math.inf, -1e4, -math.inf, 5.0]])
-    drawn = sample_from(logits, torch.full((2,), uniform, dtype=torch.float64))
+    drawn, _ = draw(logits, torch.full((2,), uniform, dtype=torch.float64))
     assert logits.gather(1, drawn[:, None]).isfinite().all()
     assert drawn[1] == 4  # e^−10000 is 0 in float64 too
 
@@ -191,7 +191,7 @@ def test_impossible_tokens_are_never_drawn(uniform):
 @given(st.lists(st.floats(-30, 30, width=32) | st.just(-math.inf), min_size=1, max_size=30), st.floats(0, 1))
 def test_a_possible_token_is_always_found(row, uniform):
     logits = torch.tensor([[*row, 0.0]])
-    (drawn,) = sample_from(logits, torch.tensor([uniform], dtype=torch.float64)).tolist()
+    (drawn,) = draw(logits, torch.tensor([uniform], dtype=torch.float64))[0].tolist()
     assert logits[0, drawn].isfinite()
 
 
@@ -199,7 +199,7 @@ def test_frequencies_follow_the_probabilities():
     probabilities = torch.tensor([0.5, 0.3, 0.0, 0.15, 0.05])
     count = 20_000
     uniforms = counter_uniform(torch.full((count,), 11), torch.arange(count))
-    drawn = sample_from(probabilities.log().expand(count, -1), uniforms)
+    drawn, _ = draw(probabilities.log().expand(count, -1), uniforms)
     frequencies = torch.bincount(drawn, minlength=5) / count
     assert (frequencies - probabilities).abs().max() < 5 * math.sqrt(0.25 / count)
     assert frequencies[2] == 0
@@ -208,4 +208,4 @@ def test_frequencies_follow_the_probabilities():
 @pytest.mark.parametrize("logits", [torch.full((1, 3), -math.inf), torch.tensor([[0.0, math.nan, 0.0]])])
 def test_what_is_no_distribution_is_refused(logits):
     with pytest.raises(AssertionError, match="not a distribution"):
-        sample_from(logits, torch.tensor([0.5]))
+        draw(logits, torch.tensor([0.5]))

@@ -21,7 +21,7 @@ PROMPT = [5, 6, 7, 8, 9]
 @pytest.fixture(scope="module")
 def engine() -> LocalSampler:
     module, tokenizer = tiny(["is it a dog?", "is it alive?"], hidden=32, layers=1, heads=2)
-    return LocalSampler(module, tokenizer, slots=16)
+    return LocalSampler(module, tokenizer, concurrency=16)
 
 
 def draws(engine: LocalSampler, score, candidates: int, seeds: Sequence[int]) -> list[list[int]]:

@@ -22,8 +22,8 @@ def small() -> tuple[Any, Any]:
     return tiny(["what is in the box? a cat, a hat, a bat."] * 3, vocab_size=330, hidden=32, layers=2, heads=2)
 
 
-def local(slots: int) -> Sampler:
-    return LocalSampler(*small(), slots=slots)
+def local(concurrency: int) -> Sampler:
+    return LocalSampler(*small(), concurrency=concurrency)
 
 
 def script(prompt: list[int], params: SamplingParams) -> str:
@@ -37,10 +37,10 @@ def scripted(_: int) -> Sampler:
 
 
 @pytest.mark.parametrize("make", [local, scripted])
-@pytest.mark.parametrize("slots", [8, 2])
-def test_samplers_keep_their_promises(make: Any, slots: int) -> None:
+@pytest.mark.parametrize("concurrency", [8, 2])
+def test_samplers_keep_their_promises(make: Any, concurrency: int) -> None:
     _, tokenizer = small()
     texts = ["what is in the box?", "a", "a cat, a hat, a bat. what is in", "a cat, a hat, a bat. a cat", "the box"]
     prompts = [tokenizer.encode(text) for text in texts]
     stop_id = tokenizer.eos_token_id
-    asyncio.run(check_sampler(make(slots), tokenizer, prompts, stop_id=stop_id))
+    asyncio.run(check_sampler(make(concurrency), tokenizer, prompts, stop_id=stop_id))

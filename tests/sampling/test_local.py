@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from echelon.data.packing import Sampled, pack
 from echelon.models.lm import tiny, token_logprobs
-from echelon.ops.sampling import counter_uniform, restrict_logits, sample_from
+from echelon.ops.sampling import counter_uniform, draw, restrict_logits
 from echelon.sampling.local import LocalSampler
 from echelon.types import Completion, SamplingParams
 
@@ -56,7 +54,7 @@ def plain_loop(module: Any, prompt: list[int], params: SamplingParams) -> tuple[
         logits = module(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[:, -1].float()
         shaped = restrict_logits(logits, temperature=params.temperature or 1.0, top_k=params.top_k, top_p=params.top_p)
         uniform = counter_uniform(torch.tensor([params.seed]), torch.tensor([len(tokens)]))
-        token = int(logits.argmax()) if params.temperature == 0 else int(sample_from(shaped, uniform))
+        token = int(logits.argmax()) if params.temperature == 0 else int(draw(shaped, uniform)[0])
         tokens.append(token)
         logprobs.append(float(torch.log_softmax(shaped, -1)[0, token]))
         if token in params.stop_ids:
@@ -113,12 +111,66 @@ def test_what_else_is_in_the_batch_changes_nothing(others: int) -> None:
     company = [(ids(1 + n % 29, 90 + n), SamplingParams(max_tokens=1 + n % 13, seed=n)) for n in range(others)]
     requests = [*wanted, *company]
     random.Random(others).shuffle(requests)
-    said = ask(LocalSampler(module, tokenizer, slots=16), requests)
+    said = ask(LocalSampler(module, tokenizer, concurrency=16), requests)
     for request in wanted:
         (alone,) = ask(LocalSampler(module, tokenizer), [request])
         together = said[requests.index(request)]
         assert together.tokens == alone.tokens
         assert together.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+class Watched:
+    """How many tokens each forward pass of a model reads."""
+
+    def __init__(self, module: Any) -> None:
+        self.passes: list[int] = []
+        self._handle = module.get_decoder().register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: Any, args: Any, kwargs: Any) -> None:
+        self.passes.append(kwargs["input_ids"].numel())
+
+    def __enter__(self) -> list[int]:
+        return self.passes
+
+    def __exit__(self, *_: Any) -> None:
+        self._handle.remove()
+
+
+def test_a_next_turn_reads_only_what_is_new() -> None:
+    module, tokenizer = small()
+    engine = LocalSampler(module, tokenizer)
+    (said,) = ask(engine, [(ids(50, 1), SamplingParams(max_tokens=4))])
+    with Watched(module) as passes:
+        ask(engine, [([*ids(50, 1), *said.tokens, *ids(6, 2)], SamplingParams(max_tokens=3))])
+    assert passes == [7, 1, 1], "the last token of the first answer was never read"
+
+
+def test_siblings_read_their_prompt_once() -> None:
+    module, tokenizer = small()
+    engine = LocalSampler(module, tokenizer)
+    requests = [(ids(50, 1), SamplingParams(max_tokens=3, seed=seed)) for seed in range(8)]
+    with Watched(module) as passes:
+        said = ask(engine, requests)
+    assert_plain(module, requests, said)
+    assert passes == [50, 1 + 7, 8, 7], "one reads the prompt, seven copy all but its last token"
+
+
+def test_a_long_prompt_is_read_in_parts_while_others_answer() -> None:
+    module, tokenizer = small()
+    engine = LocalSampler(module, tokenizer)
+    engine.pass_tokens = 16
+    requests = [(ids(5, 1), SamplingParams(max_tokens=6)), (ids(60, 2), SamplingParams(max_tokens=2))]
+    with Watched(module) as passes:
+        said = ask(engine, requests)
+    assert_plain(module, requests, said)
+    assert passes == [5 + 9, 1 + 14, 1 + 14, 1 + 14, 1 + 9, 1 + 1]
+
+
+def test_two_runs_with_one_seed_are_identical_to_the_last_bit() -> None:
+    module, tokenizer = small()
+    requests = [(ids(3 + n, n), SamplingParams(max_tokens=9, seed=n, stop_ids=(9, 40))) for n in range(30)]
+    first, second = (ask(LocalSampler(module, tokenizer, concurrency=7), requests) for _ in range(2))
+    assert first == second
 
 
 def test_a_prompt_may_be_exactly_what_is_resident() -> None:
@@ -139,47 +191,6 @@ def test_seeds_name_streams() -> None:
     said = [tuple(completion.tokens) for completion in ask(LocalSampler(module, tokenizer), requests)]
     assert said[40:] == said[:2]
     assert len(set(said)) == 40
-
-
-arrivals = st.lists(
-    st.tuples(
-        st.integers(0, 4),  # which family of prompts, so that some share prefixes
-        st.integers(1, 45),  # how much of it
-        st.integers(1, 7),  # tokens to sample
-        st.integers(0, 6),  # steps of the engine before it arrives
-        st.integers(0, 3),  # turns that follow, each extending the last
-    ),
-    min_size=1,
-    max_size=8,
-)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(arrivals, st.integers(1, 9))
-def test_any_arrivals_in_any_number_of_slots_are_the_plain_loop(
-    plans: list[tuple[int, int, int, int, int]], slots: int
-) -> None:
-    module, tokenizer = small()
-    engine = LocalSampler(module, tokenizer, slots=slots)
-    requests: list[Request] = []
-    said: list[Completion] = []
-
-    async def come(number: int, family: int, length: int, tokens: int, wait: int, turns: int) -> None:
-        prompt = ids(45, family)[:length]
-        for turn in range(turns + 1):
-            for _ in range(wait):
-                await asyncio.sleep(0)
-            request = (prompt, SamplingParams(max_tokens=tokens, seed=10 * number + turn, stop_ids=(7, 8)))
-            done = await engine.sample(*request)
-            requests.append(request)
-            said.append(done)
-            prompt = [*prompt, *done.tokens, *ids(1 + number, turn)]
-
-    async def all_come() -> None:
-        await asyncio.gather(*(come(number, *plan) for number, plan in enumerate(plans)))
-
-    asyncio.run(all_come())
-    assert_plain(module, requests, said)
 
 
 def test_training_between_turns_makes_the_engine_forget_the_conversation() -> None:
@@ -267,7 +278,8 @@ class Broken:
 
     def __init__(self, module: Any, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left = call
-        forward = module.forward
+        body = module.get_decoder()
+        forward = body.forward
 
         def fail(*args: Any, **kwargs: Any) -> Any:
             self.left -= 1
@@ -275,7 +287,7 @@ class Broken:
                 raise FloatingPointError("the accelerator is gone")
             return forward(*args, **kwargs)
 
-        monkeypatch.setattr(module, "forward", fail)
+        monkeypatch.setattr(body, "forward", fail)
 
 
 async def answers(engine: LocalSampler, requests: Sequence[Request]) -> list[Completion | BaseException]:
@@ -287,9 +299,9 @@ async def answers(engine: LocalSampler, requests: Sequence[Request]) -> list[Com
 def test_a_failure_of_the_model_reaches_everybody_and_the_engine_recovers(
     call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first call prefills, the second (two more wait for a slot) and the fourth decode."""
+    """Four of six may run at once: the first call reads their prompts, the others answer."""
     module, tokenizer = fresh()
-    engine = LocalSampler(module, tokenizer, slots=4)
+    engine = LocalSampler(module, tokenizer, concurrency=4)
     requests = [(ids(20 + n, n), SamplingParams(max_tokens=5, seed=n)) for n in range(6)]
 
     async def twice() -> tuple[list[Completion | BaseException], list[Completion | BaseException]]:
@@ -304,7 +316,7 @@ def test_a_failure_of_the_model_reaches_everybody_and_the_engine_recovers(
 
 def test_a_request_that_is_given_up_disturbs_no_other() -> None:
     module, tokenizer = small()
-    engine = LocalSampler(module, tokenizer, slots=3)
+    engine = LocalSampler(module, tokenizer, concurrency=3)
     requests = [(ids(20 + n, n), SamplingParams(max_tokens=12, seed=n)) for n in range(7)]
 
     async def give_up_on_some() -> list[Completion | BaseException]:
@@ -325,7 +337,7 @@ def test_a_request_that_is_given_up_disturbs_no_other() -> None:
 
 def test_a_request_that_is_given_up_makes_room() -> None:
     module, tokenizer = small()
-    engine = LocalSampler(module, tokenizer, slots=1)
+    engine = LocalSampler(module, tokenizer, concurrency=1)
     request = (ids(9, 1), SamplingParams(max_tokens=3))
 
     async def give_up() -> list[Completion | BaseException]:
