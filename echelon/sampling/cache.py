@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 SMALLEST = 64
 """Capacity of the smallest shelves, in tokens."""
+SHELF_TOKENS = 32768
+"""Most tokens on one shelf, unless a single conversation has more."""
 WIDEST = 64
 """Most conversations on one shelf."""
 BLOCK = 16
@@ -151,7 +153,7 @@ class Cache:
     def _room(self, length: int, *, must: bool) -> tuple[Shelf, int] | None:
         """A free place on a shelf for this length, idle conversations dropped for it if need be."""
         capacity = max(SMALLEST, 1 << (length - 1).bit_length())
-        places = max(1, min(WIDEST, self.budget // 8 // capacity))
+        places = max(1, min(WIDEST, SHELF_TOKENS // capacity, self.budget // 8 // capacity))
         while True:
             for shelf in self._shelves[capacity]:
                 if shelf.free:
@@ -206,7 +208,12 @@ def default_budget(module: nn.Module) -> int:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     config: Any = module.config
     config = config.get_text_config()
+    return int(memory // 4 // (config.num_hidden_layers * bytes_per_key(config, weight.element_size())))
+
+
+def bytes_per_key(config: Any, size: int) -> int:
+    """What a layer keeps of a token, keys and values together, each number taking `size` bytes."""
     heads = getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    return int(memory // 4 // (2 * config.num_hidden_layers * kept * width * weight.element_size()))
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept: int = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * size * width * kept

@@ -195,19 +195,21 @@ class LocalSampler:
 
     def _draw(self, requests: Sequence[_Request], logits: Tensor) -> tuple[list[int], list[float]]:
         params = [request.params for request in requests]
+        device = logits.device
+        if any(param.temperature != 1 or param.top_k > 0 or param.top_p < 1 for param in params):
+            logits = restrict_logits(
+                logits,
+                temperature=torch.tensor([param.temperature or 1.0 for param in params], device=device),
+                top_k=torch.tensor([param.top_k for param in params], device=device),
+                top_p=torch.tensor([param.top_p for param in params], device=device),
+            )
         seeds = torch.tensor([param.seed for param in params])
         counts = torch.tensor([len(request.tokens) for request in requests])
-        shaped = restrict_logits(
-            logits,
-            temperature=torch.tensor([param.temperature or 1.0 for param in params]).to(logits),
-            top_k=torch.tensor([param.top_k for param in params], device=logits.device),
-            top_p=torch.tensor([param.top_p for param in params]).to(logits),
-        )
-        chosen, logprobs = draw(shaped, counter_uniform(seeds, counts).to(logits.device))
-        greedy = torch.tensor([param.temperature == 0 for param in params], device=logits.device)
-        if greedy.any():
+        chosen, logprobs = draw(logits, counter_uniform(seeds, counts).to(device))
+        if any(param.temperature == 0 for param in params):
+            greedy = torch.tensor([param.temperature == 0 for param in params], device=device)
             chosen = torch.where(greedy, logits.argmax(-1), chosen)
-            logprobs = torch.log_softmax(shaped, dim=-1).gather(-1, chosen[:, None])[:, 0]
+            logprobs = torch.log_softmax(logits, dim=-1).gather(-1, chosen[:, None])[:, 0]
         return chosen.tolist(), logprobs.tolist()
 
     def _finish(self, requests: Sequence[_Request], drawn: list[int], logprobs: list[float]) -> None:

@@ -21,12 +21,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from echelon.models.lm import AttentionForm, backbone, logits_of
-from echelon.sampling.cache import Cache, Resident, Shelf
+from echelon.sampling.cache import Cache, Resident, Shelf, bytes_per_key
 
 ATTENTION = "echelon_ragged"
 """The name under which models find the attention function of this file."""
-CALL_COST = 512
-"""On a CPU a separate attention call takes about as long as reading this many keys."""
+CALL_COST = 1 << 20
+"""On a CPU a separate attention call takes about as long as reading this many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,16 @@ class Ragged:
         self._config = module.config.get_text_config()  # type: ignore[operator, union-attr]
         self._weight = next(module.parameters())
         self._windows = _windows(self._config)
+        cost = CALL_COST // bytes_per_key(self._config, self._weight.element_size())
+        self._call_cost = cost if self._weight.device.type == "cpu" else 1 << 40
 
     def __call__(self, pieces: Sequence[Piece], wanted: Sequence[int]) -> Tensor:
         """Float32 logits (wanted x vocabulary) after the last token of each of the wanted pieces.
 
         All pieces' keys and values are stored, and their tokens known from now on.
         """
-        plan = _Plan(pieces, self._windows, self._weight, eager=self._config._attn_implementation == "eager")
+        eager = self._config._attn_implementation == "eager"
+        plan = _Plan(pieces, self._windows, self._call_cost, self._weight, eager=eager)
         with _attending(self._config, plan):
             hidden = self._body(input_ids=plan.ids, position_ids=plan.positions, use_cache=False).last_hidden_state
         for piece in pieces:
@@ -86,8 +89,11 @@ class _Call:
 class _Plan:
     """What the attention function has to know about one pass."""
 
-    def __init__(self, pieces: Sequence[Piece], windows: Sequence[int | None], weight: Tensor, *, eager: bool) -> None:
+    def __init__(
+        self, pieces: Sequence[Piece], windows: Sequence[int | None], call_cost: int, weight: Tensor, *, eager: bool
+    ) -> None:
         self.windows, self.eager = windows, eager
+        self.call_cost = call_cost
         self.device, self.dtype = weight.device, weight.dtype
         order = sorted(range(len(pieces)), key=lambda number: _sorting(pieces[number]))
         ids: list[int] = []
@@ -204,8 +210,8 @@ class _Plan:
             length = resident.known + 1
             if number > start:
                 together = (resident.place + 1 - begin.place) * max(width, length)
-                apart = (before.place + 1 - begin.place) * width + length + CALL_COST
-                if resident.shelf is not begin.shelf or (self.device.type == "cpu" and together > apart):
+                apart = (before.place + 1 - begin.place) * width + length + self.call_cost
+                if resident.shelf is not begin.shelf or together > apart:
                     yield self._neighbours(singles[start:number], slice(start, number), width)
                     start, width = number, 0
             width = max(width, length)
