@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from echelon.models.lm import AttentionForm, backbone, logits_of
 from echelon.sampling.cache import Cache, Resident, Shelf, bytes_per_key
 
+FEW = 16
+"""On a CPU up to so many queries are multiplied with their keys directly."""
 ATTENTION = "echelon_ragged"
 """The name under which models find the attention function of this file."""
 CALL_COST = 1 << 20
@@ -71,12 +72,12 @@ class Ragged:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """One attention call: tokens of the pass against what one place of a shelf holds, or neighbouring places do."""
+    """One attention call: equally many tokens each of conversations that are neighbours on a shelf, or of one."""
 
     shelf: Shelf
     places: slice
     width: int
-    """Keys that are read."""
+    """Keys that are read of each."""
     tokens: slice
     """Which tokens of the pass ask."""
     positions: Tensor
@@ -98,23 +99,23 @@ class _Plan:
         order = sorted(range(len(pieces)), key=lambda number: _sorting(pieces[number]))
         ids: list[int] = []
         positions: list[int] = []
+        written: dict[int, tuple[Shelf, list[int], list[int]]] = {}
         self.last = [0] * len(pieces)
         for number in order:
-            piece = pieces[number]
-            known = piece.resident.known
+            piece, resident = pieces[number], pieces[number].resident
+            count = len(piece.tokens)
+            _, tokens, places = written.setdefault(id(resident.shelf), (resident.shelf, [], []))
+            tokens += range(len(ids), len(ids) + count)
+            places += [resident.place] * count
             ids += piece.tokens
-            positions += range(known, known + len(piece.tokens))
+            positions += range(resident.known, resident.known + count)
             self.last[number] = len(ids) - 1
         self.ids = torch.tensor([ids], device=self.device)
         self.positions = torch.tensor([positions], device=self.device)
-        singles = [pieces[number].resident for number in order if len(pieces[number].tokens) == 1]
-        self.writes = list(self._single_writes(singles))
-        self.calls = list(self._together(singles))
-        start = len(singles)
-        for number in order[start:]:
-            stop = self.last[number] + 1
-            self.calls.append(self._alone(pieces[number].resident, slice(start, stop)))
-            start = stop
+        self.writes = [
+            (shelf, self._tensor(tokens), self._tensor(places)) for shelf, tokens, places in written.values()
+        ]
+        self.calls = list(self._calls([pieces[number] for number in order]))
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, extra: Any
@@ -122,25 +123,20 @@ class _Plan:
         """What each token of the pass, (1, heads, tokens, width), takes from its own conversation: (1, tokens, heads,
         width)."""
         layer: int = module.layer_idx
-        window = self.windows[layer]
-        for shelf, tokens, places, positions in self.writes:
+        for shelf, tokens, places in self.writes:
             for store, states in zip(shelf.layer(layer, key, value), (key, value), strict=True):
-                store[places, :, positions] = states[0, :, tokens].transpose(0, 1)
+                store[places, :, self.positions[0, tokens]] = states[0, :, tokens].transpose(0, 1)
         answers = []
         for call in self.calls:
             keys, values = call.shelf.layer(layer, key, value)
-            keys, values = keys[call.places], values[call.places]
-            asked = query[0, :, call.tokens].transpose(0, 1)[:, :, None]
-            if call.positions.shape[1] > 1:
-                first = call.width - call.positions.shape[1]
-                keys[0, :, first : call.width] = key[0, :, call.tokens]
-                values[0, :, first : call.width] = value[0, :, call.tokens]
-                asked = query[:, :, call.tokens]
-            elif call.asking is not None:
+            keys, values = keys[call.places, :, : call.width], values[call.places, :, : call.width]
+            asked = query[0, :, call.tokens]
+            asked = asked.view(len(asked), -1, call.positions.shape[1], asked.shape[-1]).transpose(0, 1)
+            if call.asking is not None:
                 spread = asked.new_zeros(len(call.positions), *asked.shape[1:])
                 asked = spread.index_copy_(0, call.asking, asked)
-            keys, values = keys[:, :, : call.width], values[:, :, : call.width]
-            answer = self._attention(module, asked, keys, values, self._mask(call, window), scaling, extra)
+            mask = self._mask(call, self.windows[layer])
+            answer = self._attention(module, asked, keys, values, mask, scaling, extra)
             if call.asking is not None:
                 answer = answer[call.asking]
             answers.append(answer.flatten(0, 1))
@@ -162,8 +158,8 @@ class _Plan:
             answer: Tensor = eager(module, query, keys, values, mask, scaling=scaling, **extra)[0]
         elif self.device.type != "cpu":
             answer = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, keys, values, mask, scaling=scaling, **extra)[0]
-        elif query.shape[2] == 1 and self.dtype == torch.float32:
-            answer = _one_token_each(query, keys, values, mask, scaling)
+        elif query.shape[2] <= FEW and (mask is not None or query.shape[2] == 1) and self.dtype == torch.float32:
+            answer = _few_tokens_each(query, keys, values, mask, scaling)
         else:  # the same without copies of the keys for every head of a group
             answer = scaled_dot_product_attention(
                 query,
@@ -180,9 +176,9 @@ class _Plan:
         """Added to the scores of a call: 0 where a token may look, a large negative number elsewhere."""
         if window not in call.masks:
             tokens = call.positions.shape[1]
-            lowest, highest = int(call.positions.min()), int(call.positions.max())
-            whole = lowest == highest if tokens == 1 else lowest == 0 and not self.eager
-            if whole and (window is None or highest < window):
+            lowest, highest = int(call.positions[:, -1].min()), int(call.positions.max())
+            causal = lowest == highest == call.width - 1 and (tokens == 1 or tokens == call.width)
+            if causal and not (self.eager and tokens > 1) and (window is None or highest < window):
                 call.masks[window] = None
             else:
                 distance = call.positions[:, None, :, None] - torch.arange(call.width, device=self.device)
@@ -191,68 +187,57 @@ class _Plan:
                 call.masks[window] = mask.masked_fill_(hidden, torch.finfo(self.dtype).min)
         return call.masks[window]
 
-    def _alone(self, resident: Resident, tokens: slice) -> _Call:
-        stop = resident.known + tokens.stop - tokens.start
-        positions = torch.arange(resident.known, stop, device=self.device)[None]
-        return _Call(resident.shelf, slice(resident.place, resident.place + 1), stop, tokens, positions)
+    def _calls(self, pieces: Sequence[Piece]) -> Iterator[_Call]:
+        """Pieces of one length on neighbouring places share a call, as long as what is read in vain, between them and
+        beyond the ends of the shorter conversations, costs less than another call."""
+        start, width, token = 0, 0, 0
+        for number, piece in enumerate([*pieces, None]):
+            begin, count = pieces[start], len(pieces[start].tokens)
+            length = 0 if piece is None else piece.resident.known + count
+            if number > start and (piece is None or not self._joins(begin, pieces[number - 1], piece, width, length)):
+                stop = token + count * (number - start)
+                yield self._call([each.resident for each in pieces[start:number]], slice(token, stop), count, width)
+                start, width, token = number, 0, stop
+            if piece is not None:
+                width = max(width, piece.resident.known + len(piece.tokens))
 
-    def _single_writes(self, singles: Sequence[Resident]) -> Iterator[tuple[Shelf, slice, Tensor, Tensor]]:
-        for start, stop in pairwise(_changes([id(resident.shelf) for resident in singles])):
-            places = torch.tensor([resident.place for resident in singles[start:stop]], device=self.device)
-            yield singles[start].shelf, slice(start, stop), places, self.positions[0, start:stop]
+    def _joins(self, first: Piece, last: Piece, piece: Piece, width: int, length: int) -> bool:
+        if len(piece.tokens) != len(first.tokens) or piece.resident.shelf is not first.resident.shelf:
+            return False
+        place = first.resident.place
+        together = (piece.resident.place + 1 - place) * max(width, length)
+        apart = (last.resident.place + 1 - place) * width + length
+        return len(piece.tokens) * (together - apart) <= self.call_cost
 
-    def _together(self, singles: Sequence[Resident]) -> Iterator[_Call]:
-        """Calls for conversations with one token each: neighbours in one, as long as what is read in vain, between them
-        and beyond the ends of the shorter ones, costs less than a call."""
-        start, width = 0, 0
-        for number, resident in enumerate(singles):
-            begin, before = singles[start], singles[number - 1]
-            length = resident.known + 1
-            if number > start:
-                together = (resident.place + 1 - begin.place) * max(width, length)
-                apart = (before.place + 1 - begin.place) * width + length + self.call_cost
-                if resident.shelf is not begin.shelf or together > apart:
-                    yield self._neighbours(singles[start:number], slice(start, number), width)
-                    start, width = number, 0
-            width = max(width, length)
-        if singles:
-            yield self._neighbours(singles[start:], slice(start, len(singles)), width)
-
-    def _neighbours(self, residents: Sequence[Resident], tokens: slice, width: int) -> _Call:
+    def _call(self, residents: Sequence[Resident], tokens: slice, count: int, width: int) -> _Call:
         shelf, first, last = residents[0].shelf, residents[0].place, residents[-1].place
-        positions = self.positions[0, tokens, None]
+        positions = self.positions[0, tokens].view(-1, count)
         if last - first + 1 == len(residents):
             return _Call(shelf, slice(first, last + 1), width, tokens, positions)
-        asking = torch.tensor([resident.place - first for resident in residents], device=self.device)
-        spread = positions.new_zeros(last - first + 1, 1).index_copy_(0, asking, positions)
+        asking = self._tensor([resident.place - first for resident in residents])
+        spread = positions.new_zeros(last - first + 1, count).index_copy_(0, asking, positions)
         return _Call(shelf, slice(first, last + 1), width, tokens, spread, asking)
 
+    def _tensor(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self.device)
 
-def _one_token_each(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Attention of one query per place as two batched products: on a CPU faster than the kernel made for many."""
-    places, heads, _, width = query.shape
+
+def _few_tokens_each(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Attention as two batched products: for few queries per place faster than the kernel that is made for many."""
+    places, heads, count, width = query.shape
     groups = keys.shape[1]
     scale = width**-0.5 if scaling is None else scaling
-    asked = (query * scale).reshape(places * groups, heads // groups, width)
-    keys, values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
-    if mask is None:
-        scores = torch.bmm(asked, keys)
-    else:
-        bias = mask.expand(places, groups, 1, -1).reshape(places * groups, 1, -1)
-        scores = torch.baddbmm(bias, asked, keys)
-    return torch.bmm(scores.softmax(-1), values).view(places, 1, heads, -1)
+    asked = (query * scale).reshape(places * groups, heads // groups * count, width)
+    scores = torch.bmm(asked, keys.flatten(0, 1).transpose(1, 2))
+    if mask is not None:
+        scores.view(places, heads, count, -1).add_(mask)
+    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(places, heads, count, -1).transpose(1, 2)
 
 
-def _sorting(piece: Piece) -> tuple[bool, int, int, int]:
-    """Single tokens first, by where their conversations lie."""
+def _sorting(piece: Piece) -> tuple[int, int, int, int]:
+    """Those that may share a call next to each other."""
     resident = piece.resident
-    return len(piece.tokens) > 1, resident.shelf.capacity, id(resident.shelf), resident.place
-
-
-def _changes(values: Sequence[int]) -> list[int]:
-    """Where a sequence starts to have another value, its ends included; nothing for an empty one."""
-    inner = [number for number in range(1, len(values)) if values[number] != values[number - 1]]
-    return [0, *inner, len(values)] if values else []
+    return len(piece.tokens), resident.shelf.capacity, id(resident.shelf), resident.place
 
 
 def _windows(config: Any) -> list[int | None]:
