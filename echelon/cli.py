@@ -38,7 +38,7 @@ also
 
 With --traceback, errors come with the place they were raised."""
 
-EXTRAS = {"plot": "matplotlib", "dev": "pytest"}
+EXTRAS = {"plot": "matplotlib", "bench": "trl", "dev": "pytest"}
 """Extra → a distribution that is there when the extra is."""
 
 CORE = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")

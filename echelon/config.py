@@ -74,6 +74,8 @@ class ModelConfig:
     """Attention implementation."""
     device: str = "auto"
     """Where it lives: cpu, cuda, cuda:1, …; auto takes an accelerator if there is one."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of layers while learning and compute the rest again: less memory, a third more time."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
 
@@ -135,9 +137,12 @@ class SamplingConfig:
     """Longest prompt, in tokens."""
     stop: tuple[str, ...] = ()
     """A completion ends as soon as its text contains one of these."""
+    cache_tokens: int = 0
+    """Most tokens whose keys and values the engine keeps; 0 takes what fits a quarter of the memory."""
 
     def __post_init__(self) -> None:
         demand(self, "temperature", 0 < self.temperature < math.inf, "training draws at random. Give 1, or near it.")
+        demand(self, "cache_tokens", self.cache_tokens >= 0, "memory is not negative. Give 0 for what fits.")
         demand(self, "max_tokens", self.max_tokens >= 1, "a completion has at least one token. Give 1 or more.")
         demand(self, "max_prompt_tokens", self.max_prompt_tokens >= 1, "nothing could be asked. Give 1 or more.")
         demand(self, "stop", "" not in self.stop, "every text contains the empty text. Leave it out.")
@@ -158,7 +163,7 @@ class RunConfig:
     keep_last: int = 2
     """Checkpoints kept; older ones are deleted."""
     threads: int = 0
-    """CPU threads for tensor work; 0 leaves the number to torch. Tiny models are fastest on 1."""
+    """CPU threads for tensor work; 0 takes one for each half million parameters, at most the cores there are."""
     dry_run: bool = False
     """Resolve the settings, print sizes and memory, and stop before training."""
 
@@ -167,7 +172,7 @@ class RunConfig:
         demand(self, "seed", self.seed >= 0, "seeds are not negative. Give 0 or more.")
         demand(self, "save_every", self.save_every >= 0, "it counts steps. Give 0 to save at the end only.")
         demand(self, "keep_last", self.keep_last >= 1, "a run with no checkpoint cannot be resumed. Keep at least 1.")
-        demand(self, "threads", self.threads >= 0, "threads are counted. Give 0 to leave the number to torch.")
+        demand(self, "threads", self.threads >= 0, "threads are counted. Give 0 to have them chosen.")
 
 
 def load(config: type[Config], files: Sequence[str | Path] = (), flags: Sequence[str] = ()) -> Config:

@@ -6,7 +6,7 @@ turns costs one forward pass, not T.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
@@ -58,6 +58,8 @@ class Batch:
     """How many turns were packed; `spread` and `pool` speak of all of them, in every micro-batch."""
     denom: float
     """Summed losses are divided by it: the same in all micro-batches and ranks of one step."""
+    counted: float
+    """What the means that are logged are over: the sampled tokens of the step's rows that were not left out."""
     rows: Int[Tensor, "B"]
     """Which rows of the batch it was split from these are."""
     logprobs: Float[Tensor, "B T"] | None = None
@@ -97,7 +99,16 @@ class Batch:
             return [self]
         order = torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(seed))
         parts = [self._take(rows) for rows in order.tensor_split(min(count, len(order)))]
-        return [replace(part, denom=float(part.mask.sum()), rows=torch.arange(len(part.rows))) for part in parts]
+        return [
+            replace(part, denom=tokens, counted=tokens, rows=torch.arange(len(part.rows)))
+            for part in parts
+            for tokens in [float(part.mask.sum())]
+        ]
+
+    def only(self, rows_B: Bool[Tensor, "B"]) -> Batch:
+        """The batch without its other rows, as if they were there and their losses zero: `denom` is unchanged."""
+        part = self._take(rows_B.nonzero()[:, 0])
+        return replace(part, counted=float(part.mask.sum()), rows=torch.arange(len(part.rows)))
 
     def _take(self, rows: Int[Tensor, "b"]) -> Batch:
         rows = rows.to(self.tokens.device)
@@ -261,6 +272,7 @@ def _filled(turns: Sequence[Said], rows: list[list[int]], placed: list[tuple[int
         before=before,
         turns=len(turns),
         denom=float(mask.sum()),
+        counted=float(mask.sum()),
         rows=torch.arange(len(rows)),
         logprobs=logprobs,
     )
@@ -355,13 +367,23 @@ def pad(ids: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "
     return tokens, lengths
 
 
-def group_rows(lengths: Sequence[int], tokens_per_pass: int) -> Iterator[list[int]]:
-    """Row numbers in groups of similar length whose padded size stays within the budget; at least one row each."""
-    group: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], row)):
-        if group and (len(group) + 1) * lengths[row] > tokens_per_pass:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
+def group_rows(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:
+    """Row numbers in groups of similar length whose padded size stays within the budget; at least one row each.
+
+    Of all ways to cut the rows, ordered by length, into groups, the one that computes the fewest tokens, padding
+    included. A pass costs something besides its tokens: it counts as 1/64 of the budget more, which is what was
+    measured on a CPU with models of 1 M and 25 M parameters and a budget of 4096.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    cost, begin = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=int)
+    for stop, row in enumerate(order, 1):
+        first = max(0, stop - max(1, tokens_per_pass // max(1, lengths[row])))
+        padded = (stop - np.arange(first, stop)) * lengths[row] + cost[first:stop]
+        begin[stop] = first + int(padded.argmin())
+        cost[stop] = padded.min() + tokens_per_pass / 64
+    groups: list[list[int]] = []
+    stop = len(order)
+    while stop:
+        groups.append(order[begin[stop] : stop])
+        stop = int(begin[stop])
+    return groups[::-1]

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from echelon.models.lm import backbone
+from echelon.models.lm import backbone, check_masks, hidden_states
 
 if TYPE_CHECKING:
     from echelon.data.packing import Batch
@@ -43,9 +43,9 @@ class TokenValue(nn.Module):
         """Shift all values so that learning starts around this one, not around zero."""
         self.head.bias.fill_(value)
 
-    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def forward(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"] | None = None) -> Float[Tensor, "B T"]:
         """Float32 values; the one at t has seen token t and all before it."""
-        hidden = self.body(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = hidden_states(self.body, tokens, lengths)
         values: Tensor = self.head(hidden.float())[..., 0]
         return values
 
@@ -56,7 +56,7 @@ def token_values(module: nn.Module, batch: Batch) -> tuple[Float[Tensor, "B T"],
     The first is what generalised advantage estimation compares with rewards; it has not seen the token it judges. The
     second is what a truncated row bootstraps from.
     """
-    after_BT = module(batch.tokens)
+    after_BT = module(batch.tokens, batch.lengths)
     before_BT = torch.cat([torch.zeros_like(after_BT[:, :1]), after_BT[:, :-1]], dim=1)
     return before_BT, after_BT.gather(1, batch.lengths[:, None] - 1)[:, 0]
 
@@ -101,7 +101,11 @@ class UtteranceCritic(nn.Module):
 
     @classmethod
     def from_lm(cls, lm: nn.Module, *, shared_body: bool = False) -> UtteranceCritic:
-        """A critic whose body starts as a copy of the language model's, or is the language model's."""
+        """A critic whose body starts as a copy of the language model's, or is the language model's.
+
+        Raises DataError for a model that cannot judge several actions that branch off one row.
+        """
+        check_masks(lm)
         body = backbone(lm)
         critic = cls(body if shared_body else copy.deepcopy(body), hidden_size(lm), shared_body=shared_body)
         return critic.to(next(body.parameters()).device)
@@ -120,14 +124,19 @@ class UtteranceCritic(nn.Module):
         return twin.requires_grad_(False)
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], q_at: Spans, v_at: Places, **attention: Any
+        self,
+        tokens: Int[Tensor, "B T"],
+        q_at: Spans,
+        v_at: Places,
+        lengths: Int[Tensor, "B"] | None = None,
+        **attention: Any,
     ) -> tuple[Float[Tensor, "2 Q"], Float[Tensor, "2 V"]]:
         """Twin Q of the utterances `q_at` and twin V of the states `v_at`, float32. `attention`: `attention_inputs`."""
         if self.shared_body:
             with torch.no_grad():
-                hidden = self._borrowed[0](input_ids=tokens, use_cache=False, **attention).last_hidden_state
+                hidden = hidden_states(self._borrowed[0], tokens, lengths, **attention)
         else:
-            hidden = self.body(input_ids=tokens, use_cache=False, **attention).last_hidden_state
+            hidden = hidden_states(self.body, tokens, lengths, **attention)
         hidden = hidden.float()  # the heads are float32 whatever the body is
         said = torch.cat([hidden[q_at.row, q_at.state], _span_means(hidden, q_at)], dim=-1)
         seen = hidden[v_at.row, v_at.state]

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from echelon.errors import DataError
+from echelon.ops.vocabulary import linear_scores
 
 if TYPE_CHECKING:
     from echelon.data.packing import Batch
 
 LOGITS_PER_CHUNK = 1 << 25
-"""At most this many float32 logits exist at once (128 MiB); more positions are taken in several chunks."""
+"""Where the head is no plain linear layer, at most this many float32 logits exist at once (128 MiB)."""
 
 TINY_CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -53,8 +54,13 @@ def load_lm(
     attention: str = "sdpa",
     device: str = "auto",
     trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> nn.Module:
-    """A causal language model ready to sample and train: dropout off, so that both see the same distribution."""
+    """A causal language model ready to sample and train: dropout off, so that both see the same distribution.
+
+    With `gradient_checkpointing` each layer keeps its input only and is computed again for the gradient, in training
+    mode (`module.train()`).
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -77,7 +83,10 @@ def load_lm(
         ) from error
     module: nn.Module = model
     module.to(pick_device(device)).train()
-    check_masks(module)
+    if lays_end_to_end(module):
+        check_end_to_end(module)
+    if gradient_checkpointing:
+        _enable_checkpointing(module)
     return module
 
 
@@ -123,10 +132,10 @@ def tiny(
 def token_logprobs(module: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Float[Tensor, "B T"]:
     """log π of each sampled token given the tokens before it, float32; zero on all other positions.
 
-    The LM head runs on sampled positions only and in chunks: no tensor of rows by positions by vocabulary ever exists.
+    The LM head runs on sampled positions only and in blocks: no tensor of rows by positions by vocabulary ever exists.
     """
     hidden_MH, targets_M = _before_sampled(module, batch)
-    logprobs_M, _ = _chunked(module, hidden_MH, targets_M, temperature, with_entropy=False)
+    logprobs_M, _ = _scores(module, hidden_MH, targets_M, temperature, with_entropy=False)
     return _on_sampled(batch, logprobs_M)
 
 
@@ -135,7 +144,8 @@ def token_logprobs_and_entropy(
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """log π of each sampled token, and the entropy in nats of the distribution it was drawn from."""
     hidden_MH, targets_M = _before_sampled(module, batch)
-    logprobs_M, entropy_M = _chunked(module, hidden_MH, targets_M, temperature, with_entropy=True)
+    logprobs_M, entropy_M = _scores(module, hidden_MH, targets_M, temperature, with_entropy=True)
+    assert entropy_M is not None
     return _on_sampled(batch, logprobs_M), _on_sampled(batch, entropy_M)
 
 
@@ -163,7 +173,7 @@ class AttentionForm:
         if other := kinds - {"full_attention", "sliding_attention", "global"}:
             raise DataError(
                 f"{type(module).__name__} has layers of kind {', '.join(sorted(other))}: no mask says what their "
-                "tokens may see, so conversations cannot share a batch. Use a model with full or sliding-window layers."
+                "tokens may see. Use a model with full or sliding-window layers."
             )
         self.mixed = {"full_attention", "sliding_attention"} <= kinds
         self.window: int | None = getattr(config, "sliding_window", None) if kinds != {"full_attention"} else None
@@ -192,9 +202,63 @@ def attention_inputs(module: nn.Module, batch: Batch) -> dict[str, Any]:
     return {"position_ids": batch.positions, "attention_mask": mask}
 
 
+def hidden_states(
+    body: nn.Module, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"] | None = None, **attention: Any
+) -> Float[Tensor, "B T H"]:
+    """The last hidden states of a decoder (`backbone`); behind the end of a row they may be anything.
+
+    `attention`: what `attention_inputs` gives. With `lengths`, no padding is computed where attention allows it.
+    """
+    rows = _Rows(body, tokens, lengths, attention)
+    return rows.restore(body(**rows.inputs, use_cache=False).last_hidden_state)
+
+
+def lays_end_to_end(module: nn.Module) -> bool:
+    """Whether rows can be given as one, positions restarting at each: flash attention then computes no padding.
+
+    Other implementations would build a mask of all tokens by all tokens; for them rows of similar length share a pass.
+    """
+    implementation = module.config.get_text_config()._attn_implementation  # type: ignore[operator, union-attr]
+    return "flash" in str(implementation)
+
+
+class _Rows:
+    """How rows are given to a model, and where their hidden states are found again."""
+
+    def __init__(self, module: nn.Module, tokens: Tensor, lengths: Tensor | None, attention: dict[str, Any]) -> None:
+        self.shape, self.inside = tokens.shape, None
+        self.inputs = {"input_ids": tokens, **attention}
+        if lengths is not None and not attention and lays_end_to_end(module):
+            columns = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+            self.inside = columns < lengths[:, None]
+            self.inputs = {"input_ids": tokens[self.inside][None], "position_ids": columns[self.inside][None]}
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """(B, T, H) from what the model returned; zero where there is no token."""
+        if self.inside is None:
+            return hidden
+        return hidden.new_zeros(*self.shape, hidden.shape[-1]).index_put(self.inside.nonzero(as_tuple=True), hidden[0])
+
+
+@torch.no_grad()
+def check_end_to_end(module: nn.Module) -> None:
+    """Raise DataError unless rows laid end to end stay apart: their positions must reach the model's attention."""
+    with next(module.parameters()).device:
+        tokens, lengths = torch.arange(8).repeat(2, 1), torch.tensor([8, 5])
+    rows = _Rows(module, tokens, lengths, {})
+    body = backbone(module)
+    together = rows.restore(body(**rows.inputs, use_cache=False).last_hidden_state)[1, :5].float()
+    alone = body(input_ids=tokens[1:, :5], use_cache=False).last_hidden_state[0].float()
+    if not (together - alone).abs().mean() / alone.std() < 0.03:
+        raise DataError(
+            f"{type(module).__name__} does not tell flash attention where rows begin, so rows laid end to end would "
+            "read each other. Use attention = sdpa."
+        )
+
+
 @torch.no_grad()
 def check_masks(module: nn.Module) -> None:
-    """Raise DataError unless masks and positions reach the model's attention: the engine and `pack_branches` need it.
+    """Raise DataError unless masks and positions reach the model's attention, as rows of `pack_branches` need it.
 
     Two continuations of one prompt must score the same side by side in one row as each in a row of its own.
     """
@@ -214,7 +278,7 @@ def check_masks(module: nn.Module) -> None:
     if not error < (1e-3 if weight.dtype == torch.float32 else 0.03):
         raise DataError(
             f"{type(module).__name__} cannot be told by masks and positions which tokens see which ({reason}), so "
-            "conversations cannot share a batch. Use another architecture, or attention = sdpa or eager."
+            "actions cannot branch off one row. Use another architecture, or attention = sdpa or eager."
         )
 
 
@@ -227,15 +291,9 @@ def output_head(module: nn.Module) -> nn.Module:
 
 def logits_of(module: nn.Module, hidden: Float[Tensor, "M H"]) -> Float[Tensor, "M V"]:
     """Float32 logits of hidden states, with what some architectures do after the head (scaling, soft-capping)."""
-    config = module.config.get_text_config()  # type: ignore[operator, union-attr]
-    logits: Tensor = output_head(module)(hidden).float()
-    if (multiplier := getattr(config, "logit_scale", None)) is not None:  # Cohere
-        logits = logits * multiplier
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        logits = logits / divisor
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
-        logits = cap * torch.tanh(logits / cap)
-    return logits
+    scale, cap = _after_head(module)
+    logits: Tensor = output_head(module)(hidden).float() * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def backbone(module: nn.Module) -> nn.Module:
@@ -261,13 +319,14 @@ def _before_sampled(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Hidden states that predict the sampled tokens, and those tokens: the only shift by one there is."""
     found: list[Tensor] = []
     row, column = batch.mask.nonzero(as_tuple=True)
+    rows = _Rows(module, batch.tokens, batch.lengths, attention_inputs(module, batch))
 
     def take(hidden: Tensor) -> Tensor:
-        found.append(hidden[row, batch.before[row, column]])
+        found.append(rows.restore(hidden)[row, batch.before[row, column]])
         return hidden[:1, -1:]
 
     with head_reads(module, take):
-        module(input_ids=batch.tokens, use_cache=False, **attention_inputs(module, batch))
+        module(**rows.inputs, use_cache=False)
     return found[0], batch.tokens[row, column]
 
 
@@ -276,13 +335,43 @@ def _on_sampled(batch: Batch, values_M: Tensor) -> Float[Tensor, "B T"]:
     return place.masked_scatter(batch.mask, values_M)
 
 
-def _chunked(
+def _after_head(module: nn.Module) -> tuple[float, float | None]:
+    """What the logits are multiplied by after the head, and where they are then soft-capped."""
+    config = module.config.get_text_config()  # type: ignore[operator, union-attr]
+    multiplier, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    scale = (1.0 if multiplier is None else multiplier) / (1.0 if divisor is None else divisor)  # Cohere, Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return scale, None if cap is None else float(cap)
+
+
+def _scores(
     module: nn.Module, hidden_MH: Tensor, targets_M: Tensor, temperature: float, *, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """log π of the targets, and the entropy if it is wanted."""
+    head = output_head(module)
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        return _scores_of_any_head(module, hidden_MH, targets_M, temperature)
+    scale, cap = _after_head(module)
+    return linear_scores(
+        hidden_MH,
+        head.weight,
+        head.bias,
+        targets_M,
+        scale=scale,
+        cap=cap,
+        temperature=float(temperature),
+        with_entropy=with_entropy,
+    )
+
+
+def _scores_of_any_head(
+    module: nn.Module, hidden_MH: Tensor, targets_M: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
+    """The same when an adapter sits on the head, or whatever it is: positions in chunks, remade for the gradient."""
+
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = torch.log_softmax(logits_of(module, hidden) / temperature, dim=-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else logprobs.new_zeros(len(targets))
-        return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+        return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
     weight = output_head(module).weight
     assert isinstance(weight, Tensor)
@@ -290,7 +379,7 @@ def _chunked(
     if len(targets_M) <= size:
         return score(hidden_MH, targets_M)
     parts = [
-        checkpoint(score, hidden, targets, use_reentrant=False)  # logits are made again for the gradient, not kept
+        checkpoint(score, hidden, targets, use_reentrant=False)
         for hidden, targets in zip(torch.split(hidden_MH, size), torch.split(targets_M, size), strict=True)
     ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -320,6 +409,15 @@ def _tiny_tokenizer(corpus: Sequence[str], vocab_size: int) -> Any:
     )
     tokenizer.chat_template = TINY_CHAT_TEMPLATE
     return tokenizer
+
+
+def _enable_checkpointing(module: Any) -> None:
+    try:
+        module.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise DataError(
+            f"model.gradient_checkpointing = True: {type(module).__name__} cannot do that. Leave it out."
+        ) from error
 
 
 def _no_dropout(config: Any) -> None:

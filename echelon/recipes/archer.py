@@ -28,7 +28,7 @@ from echelon.data.packing import Batch, CriticBatch, Said, pack, pack_branches, 
 from echelon.data.replay import Replay, Transition, transitions
 from echelon.errors import DataError
 from echelon.models.heads import Places, Spans, UtteranceCritic
-from echelon.models.lm import attention_inputs, load_tokenizer
+from echelon.models.lm import attention_inputs, check_masks, load_tokenizer
 from echelon.ops import bellman, losses
 from echelon.ops.masked import explained_variance, masked_whiten
 from echelon.rollout.evaluate import rollout_metrics
@@ -107,7 +107,7 @@ class Config(RunConfig):
     """As the critic gives them, or less their mean over the actor's batch, or also with deviation 1."""
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(loss="reinforce"))
     """How the actor learns from the advantages."""
-    tokens_per_pass: int = 16384
+    tokens_per_pass: int = 4096
     """Most tokens, padding included, in one forward and backward pass."""
 
     def __post_init__(self) -> None:
@@ -131,9 +131,10 @@ class Config(RunConfig):
 
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, metrics.jsonl and episodes.jsonl."""
-    set_threads(cfg.threads)
     env = open_env(cfg.env, cfg.env_settings)
     actor = open_actor(cfg.model, cfg.sampling)
+    set_threads(cfg.threads, actor.module)
+    check_masks(actor.module)
     updates = max(0, cfg.steps - cfg.warmup_steps) * cfg.policy.epochs * cfg.policy.minibatches
     policy = Learner(actor.module, cfg.policy.optim, total_steps=updates, name="actor", tokenizer=actor.tokenizer)
     online = open_critic(cfg, actor)
@@ -249,7 +250,7 @@ def with_targets(
     batch = pack_transitions([transition for episode in episodes for transition in episode])
     batch = batch.to(next(target.parameters()).device)
     with torch.no_grad():
-        q_2N, next_v_2N = target(batch.tokens, said_in(batch), Places(batch.next_row_N, batch.next_N))
+        q_2N, next_v_2N = target(batch.tokens, said_in(batch), Places(batch.next_row_N, batch.next_N), batch.lengths)
     gamma_N = cfg.gamma**batch.steps_N
     batch.q_target = bellman.td_target(batch.reward_N, next_v_2N, gamma=gamma_N, terminated=batch.terminated_N)
     if cfg.value_actions == "replayed":
@@ -268,7 +269,7 @@ def critic_loss(module: nn.Module, batch: CriticBatch) -> tuple[Tensor, dict[str
     """Mean squared error of both Q and both V, each against its own target; V counts where it has one."""
     q_target = losses.require(batch.q_target, "q_target", "Call with_targets first.")
     v_target = losses.require(batch.v_target, "v_target", "Call with_targets first.")
-    q_2N, v_2N = module(batch.tokens, said_in(batch), Places(batch.row_N, batch.state_N))
+    q_2N, v_2N = module(batch.tokens, said_in(batch), Places(batch.row_N, batch.state_N), batch.lengths)
     q_loss = losses.squared_error(q_2N, q_target).sum() / batch.denom
     asked = ~v_target.isnan()
     v_loss = losses.squared_error(v_2N, v_target.nan_to_num(), asked).sum() / batch.v_denom
@@ -289,7 +290,8 @@ def judge(critic: UtteranceCritic, batch: Batch, tokens_per_pass: int) -> tuple[
     for micro in batch.split(tokens_per_pass):
         micro = micro.to(next(critic.parameters()).device)
         said = Spans(micro.row_N, micro.state_N, micro.first_N, micro.last_N)
-        q, v = critic(micro.tokens, said, Places(micro.row_N, micro.state_N), **attention_inputs(critic, micro))
+        seen = Places(micro.row_N, micro.state_N)
+        q, v = critic(micro.tokens, said, seen, micro.lengths, **attention_inputs(critic, micro))
         index_N = micro.index_N.cpu()
         q_2N[:, index_N], v_2N[:, index_N] = q.cpu(), v.cpu()
     return q_2N, v_2N

@@ -88,11 +88,11 @@ class Config(RunConfig):
 
 def main(cfg: Config) -> None:
     """Play, print a table, write the files."""
-    set_threads(cfg.threads)
     out = Path(cfg.out)
     check_out(out, overwrite=cfg.overwrite)
     env = open_env(cfg.env, cfg.env_settings)
     actor = open_player(cfg) if cfg.player == "model" else None
+    set_threads(cfg.threads, actor.module if actor else None)
     if cfg.dry_run:
         modules = {} if actor is None else {"actor": actor.module}
         return describe(modules, tokens_per_step=cfg.episodes * cfg.max_turns * cfg.max_tokens if actor else 0)

@@ -65,7 +65,7 @@ class Config(RunConfig):
     """What weighs the same in a step: every episode whatever its length, or every sampled token."""
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(epochs=4, kl_loss="k3"))
     """How the policy learns."""
-    tokens_per_pass: int = 16384
+    tokens_per_pass: int = 4096
     """Most tokens, padding included, in one forward and backward pass."""
 
     def __post_init__(self) -> None:
@@ -80,9 +80,9 @@ class Config(RunConfig):
 
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, metrics.jsonl and episodes.jsonl."""
-    set_threads(cfg.threads)
     env = open_env(cfg.env, cfg.env_settings)
     actor = open_actor(cfg.model, cfg.sampling)
+    set_threads(cfg.threads, actor.module)
     updates = cfg.steps * cfg.policy.epochs * cfg.policy.minibatches
     policy = Learner(actor.module, cfg.policy.optim, total_steps=updates, name="actor", tokenizer=actor.tokenizer)
     reference = starting_policy(actor.module, cfg.policy)

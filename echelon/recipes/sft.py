@@ -46,7 +46,7 @@ class Config(RunConfig):
     """Longest row; a longer conversation is an error, since cutting it would hide what was learned from."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
-    tokens_per_pass: int = 16384
+    tokens_per_pass: int = 4096
     """Most tokens, padding included, in one forward and backward pass."""
 
     def __post_init__(self) -> None:
@@ -58,8 +58,8 @@ class Config(RunConfig):
 
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints and metrics.jsonl."""
-    set_threads(cfg.threads)
     actor = open_actor(cfg.model, SamplingConfig(max_prompt_tokens=cfg.max_tokens))
+    set_threads(cfg.threads, actor.module)
     rows = [actor.role.renderer.examples(messages) for messages in read_conversations(Path(cfg.data))]
     check_lengths(rows, cfg)
     steps_per_epoch = math.ceil(len(rows) / cfg.conversations_per_step)

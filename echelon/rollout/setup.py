@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +55,10 @@ def open_actor(
         attention=model.attention,
         device=model.device,
         trust_remote_code=model.trust_remote_code,
+        gradient_checkpointing=model.gradient_checkpointing,
     )
     _check_vocabulary(path, module, tokenizer)
-    sampler = LocalSampler(module, tokenizer)
+    sampler = LocalSampler(module, tokenizer, cache_tokens=sampling.cache_tokens or None)
     params = params or SamplingParams(
         max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop
     )
@@ -94,10 +97,51 @@ def task_batch(tasks: Sequence[Task], step: int, count: int, *, seed: int) -> li
     return picked
 
 
-def set_threads(threads: int) -> None:
-    """CPU threads for tensor work; 0 leaves torch's own choice."""
-    if threads:
-        torch.set_num_threads(threads)
+def set_threads(threads: int, module: nn.Module | None = None) -> None:
+    """CPU threads for tensor work, and memory that is used again.
+
+    0 takes one thread for each half million parameters of the module that learns, at most the processor's cores that
+    are this process's to use; without a module, one. A small model loses more in waiting for other threads than they
+    compute.
+    """
+    wanted = threads or min(usable_cores(), max(1, count_parameters(module) // 500_000 if module else 1))
+    if torch.get_num_threads() != wanted:
+        torch.set_num_threads(wanted)
+    keep_freed_memory()
+
+
+def usable_cores() -> int:
+    """Physical cores this process may run on, a container's share included (two threads of one core count once)."""
+    logical = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = Path("/sys/devices/system/cpu")
+    cores = {_read(siblings / f"cpu{number}/topology/thread_siblings_list") or str(number) for number in logical}
+    share, _, period = _read(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
+    return max(1, min(len(cores), int(share) // int(period)) if share.isdigit() else len(cores))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large blocks that are freed and hand them out again; elsewhere nothing.
+
+    Otherwise every large tensor is new memory from the system, which clears it page by page: slower than the arithmetic
+    on it. What the process holds stays what it held at most.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # from malloc.h
+    if not mallopt(mmap_threshold, 1 << 28):
+        mallopt(mmap_threshold, 1 << 25)  # the most that older versions take
+    mallopt(trim_threshold, (1 << 31) - 1)
+    mallopt(top_pad, 1 << 26)
+
+
+def _read(file: Path) -> str:
+    """The text of a file of the system, nothing if it cannot be read."""
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
 
 
 def describe(modules: Mapping[str, nn.Module], *, tokens_per_step: int) -> None:

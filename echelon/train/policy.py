@@ -6,9 +6,10 @@ What every recipe shares whose policy writes tokens. It refuses to know where th
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from echelon.config import OptimConfig, demand
 from echelon.data.packing import Batch
+from echelon.errors import EchelonError
 from echelon.models.lm import token_logprobs, token_logprobs_and_entropy
 from echelon.ops import losses
 from echelon.seeds import derive_seed
@@ -49,6 +51,8 @@ class PolicyConfig:
     """Weight of KL to the starting policy, per token; 0 keeps no reference."""
     kl_loss: Literal["k2", "k3"] = "k2"
     """What is minimised: k2 has the gradient of KL(policy ‖ start), k3 (GRPO's) that of KL(start ‖ policy)."""
+    max_mismatch: float = 0.01
+    """How far |log π - log π_sampled| may go, in float32, before the first optimizer step of a batch."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "minibatches"):
@@ -58,6 +62,7 @@ class PolicyConfig:
         dual = self.dual_clip is None or self.dual_clip > 1
         demand(self, "dual_clip", dual, "a bound of 1 or less would cut off ratios near 1. Give 3, or null for none.")
         demand(self, "awr_beta", self.awr_beta > 0, "worse utterances would be imitated more. Give a positive number.")
+        demand(self, "max_mismatch", self.max_mismatch > 0, "rounding alone differs by 1e-5. Give 0.01, or more.")
         for name in ("entropy_coef", "kl_coef"):
             demand(self, name, getattr(self, name) >= 0, "a negative weight rewards the opposite. Give 0 or more.")
         off_policy = self.loss == "reinforce" and self.epochs * self.minibatches > 1
@@ -68,10 +73,24 @@ class PolicyConfig:
             "the plain policy gradient is on-policy, so it takes one step per batch. Use loss = clipped for more.",
         )
 
+    @property
+    def only_advantages(self) -> bool:
+        """Whether a token whose advantage is zero teaches nothing. (What is imitated with weight e⁰ teaches.)"""
+        return self.loss != "awr" and not self.entropy_coef and not self.kl_coef
+
+
+class SamplerMismatch(EchelonError, RuntimeError):
+    """The sampler's log-probabilities are not the trainer's; no weight has been changed."""
+
 
 def starting_policy(module: nn.Module, settings: PolicyConfig) -> nn.Module | None:
-    """A frozen copy of the policy as it is now, if KL to it counts."""
-    return copy.deepcopy(module).requires_grad_(False) if settings.kl_coef else None
+    """What KL is to, if it counts: a frozen copy of the policy as it is now.
+
+    Of a model with an adapter (peft), the model itself, which is then read with its adapter off: no copy.
+    """
+    if not settings.kl_coef:
+        return None
+    return module if hasattr(module, "disable_adapter") else copy.deepcopy(module).requires_grad_(False)
 
 
 def update_policy(
@@ -86,20 +105,59 @@ def update_policy(
 ) -> dict[str, float]:
     """All optimizer steps on one batch with advantages; what they logged, averaged, under "policy/".
 
-    `first_mismatch` is the largest |log π - log π_sampled| of the first step, before any weight has moved: more than
-    about 1e-4 in float32 means that sampler and trainer do not see the same distribution.
+    The log-probs the batch was sampled with stand for those of the policy before the first step, so no pass computes
+    them again; `first_mismatch`, the largest |log π - log π_sampled| of the first step, says whether that is true.
+    Raises SamplerMismatch when it is not in float32, before any weight has moved. In lower precision rounding alone
+    may exceed any limit, so it is only logged.
+
+    Rows without any advantage are left out where that changes nothing but the time: `rows_left_out` counts them. The
+    means that are logged are then over the tokens of the others.
     """
     if reference is not None:
         batch.ref_logprobs = reference_logprobs(
             reference, batch, temperature=temperature, tokens_per_pass=tokens_per_pass
         )
-    loss_fn = partial(policy_loss, settings=settings, temperature=temperature)
-    epochs, minibatches = settings.epochs, settings.minibatches
+    first = policy.version
+
+    def loss_fn(module: nn.Module, part: Batch) -> tuple[Tensor, dict[str, float]]:
+        loss, stats = policy_loss(module, part, settings=settings, temperature=temperature)
+        if policy.version == first and next(module.parameters()).dtype == torch.float32:
+            check_mismatch(stats["mismatch/max"], settings.max_mismatch)
+        return loss, stats
+
     logged = passes(
-        policy, batch, loss_fn, epochs=epochs, minibatches=minibatches, tokens_per_pass=tokens_per_pass, seed=seed
+        policy,
+        batch,
+        loss_fn,
+        epochs=settings.epochs,
+        minibatches=settings.minibatches,
+        tokens_per_pass=tokens_per_pass,
+        seed=seed,
+        choose=those_that_teach if settings.only_advantages else None,
     )
-    numbers = {**average(logged), "first_mismatch": logged[0]["mismatch/max"]}
+    left_out = len(batch.rows) - len(those_that_teach(batch).rows) if settings.only_advantages else 0
+    numbers = {**average(logged), "first_mismatch": logged[0]["mismatch/max"], "rows_left_out": float(left_out)}
     return {f"policy/{name}": value for name, value in numbers.items()}
+
+
+def check_mismatch(found: float, allowed: float) -> None:
+    """Raise SamplerMismatch unless the log-probs a batch was sampled with are those of the policy that learns."""
+    if found > allowed:
+        raise SamplerMismatch(
+            f"log-probabilities of the sampler and the trainer differ by up to {found:.2g}, more than "
+            f"policy.max_mismatch = {allowed:g}, so the batch was not sampled from the policy that learns. Look for "
+            "another temperature, a cut tail (top_k, top_p), or weights the sampler was not given (sampler.load)."
+        )
+
+
+def those_that_teach(batch: Batch) -> Batch:
+    """The rows in which some advantage is not zero; `denom` stays. One, the shortest, if there is none: its gradient
+    is zero, so the optimizer takes the step it would have taken."""
+    advantages = losses.require(batch.advantages, "advantages", "Set batch.advantages before the update.")
+    taught_B = (batch.mask & (advantages != 0)).any(1)
+    if not taught_B.any():
+        taught_B[batch.lengths.argmin()] = True
+    return batch if taught_B.all() else batch.only(taught_B)
 
 
 def passes(
@@ -111,10 +169,14 @@ def passes(
     minibatches: int,
     tokens_per_pass: int,
     seed: int,
+    choose: Callable[[Batch], Batch] | None = None,
 ) -> list[dict[str, float]]:
-    """One optimizer step per mini-batch, `epochs` times over all rows in a new order; what each step logged."""
+    """One optimizer step per mini-batch, `epochs` times over all rows in a new order; what each step logged.
+
+    `choose` picks from each mini-batch the rows that are computed.
+    """
     return [
-        learner.update(part.split(tokens_per_pass), loss_fn)
+        learner.update((part if choose is None else choose(part)).split(tokens_per_pass), loss_fn)
         for epoch in range(epochs)
         for part in batch.shuffle_split(minibatches, seed=derive_seed(seed, epoch))
     ]
@@ -123,7 +185,10 @@ def passes(
 def policy_loss(
     module: nn.Module, batch: Batch, *, settings: PolicyConfig, temperature: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Clipped surrogate or policy gradient, less the entropy bonus, plus KL to the start; a mean over tokens."""
+    """Clipped surrogate or policy gradient, less the entropy bonus, plus KL to the start; a mean over tokens.
+
+    The loss is divided by `batch.denom`, the statistics by `batch.counted`.
+    """
     logprobs, entropy = token_logprobs_and_entropy(module, batch, temperature=temperature)
     old = losses.require(batch.logprobs, "logprobs", "The sampler must return them.")
     advantages = losses.require(batch.advantages, "advantages", "Set batch.advantages before the update.")
@@ -142,16 +207,19 @@ def policy_loss(
         kl = {"k2": losses.kl_k2, "k3": losses.kl_k3}[settings.kl_loss]
         loss = loss + settings.kl_coef * kl(logprobs, ref, batch.mask)
         stats["kl_to_start"] = losses.kl_k3(logprobs, ref, batch.mask).detach()
-    return losses.token_sum(loss, batch.mask, batch.denom), losses.reduce_stats(stats, batch.mask, batch.denom)
+    return losses.token_sum(loss, batch.mask, batch.denom), losses.reduce_stats(stats, batch.mask, batch.counted)
 
 
 @torch.no_grad()
 def reference_logprobs(
     reference: nn.Module, batch: Batch, *, temperature: float, tokens_per_pass: int
 ) -> Float[Tensor, "B T"]:
-    """log-probs of the batch's tokens under a policy that does not learn, on the CPU."""
+    """log-probs of the batch's tokens under a policy that does not learn, on the CPU; adapters are off meanwhile."""
     out = torch.zeros(batch.tokens.shape)
-    for micro in batch.split(tokens_per_pass):
-        logprobs = token_logprobs(reference, micro.to(next(reference.parameters()).device), temperature=temperature)
-        out[micro.rows, : logprobs.shape[1]] = logprobs.cpu()
+    disable_adapter: Any = getattr(reference, "disable_adapter", nullcontext)
+    with disable_adapter():
+        for micro in batch.split(tokens_per_pass):
+            micro = micro.to(next(reference.parameters()).device)
+            logprobs = token_logprobs(reference, micro, temperature=temperature)
+            out[micro.rows.cpu(), : logprobs.shape[1]] = logprobs.cpu()
     return out

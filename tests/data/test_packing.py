@@ -169,9 +169,19 @@ def test_mini_batches_partition_the_rows_and_count_their_own_tokens(
     assert max(len(part.tokens) for part in parts) - min(len(part.tokens) for part in parts) <= 1
     for part in parts:
         assert part.denom == part.mask.sum()
+        assert part.counted == part.denom
         assert [micro.rows.tolist() for micro in part.split(1)] == [[row] for row in part.lengths.argsort(stable=True)]
     again = batch.shuffle_split(count, seed=seed)
     assert all(one.tokens.equal(other.tokens) for one, other in zip(parts, again, strict=True))
+
+
+def test_rows_left_out_still_count_in_the_denominator() -> None:
+    batch = pack([*CHAIN, OTHER])
+    kept = batch.only(torch.tensor([False, True]))
+    assert kept.tokens.tolist() == [[7, 8]]
+    assert (kept.denom, kept.counted, kept.turns, kept.rows.tolist()) == (4.0, 1.0, 3, [0])
+    assert (kept.index_N.tolist(), kept.row_N.tolist()) == ([2], [0])
+    assert [micro.counted for micro in kept.split(100)] == [1.0]
 
 
 def test_the_order_of_mini_batches_follows_the_seed() -> None:
@@ -180,8 +190,34 @@ def test_the_order_of_mini_batches_follows_the_seed() -> None:
     assert len(orders) == 5
 
 
-def test_groups_of_rows_stay_within_the_budget() -> None:
-    assert list(group_rows([3, 9, 4, 2, 30], 12)) == [[3, 0, 2], [1], [4]]
+def test_rows_of_similar_length_share_a_pass() -> None:
+    assert group_rows([3, 9, 3, 30, 9], 20) == [[0, 2], [1, 4], [3]]
+
+
+def test_a_pass_costs_as_much_as_a_64th_of_the_budget() -> None:
+    assert group_rows([10, 73], 4096) == [[0, 1]]  # 63 tokens of padding are cheaper than another pass
+    assert group_rows([10, 75], 4096) == [[0], [1]]
+
+
+def all_cuts(rows: list[int]) -> list[list[list[int]]]:
+    """Every way to cut a list into groups of neighbours."""
+    if not rows:
+        return [[]]
+    return [[rows[:end], *rest] for end in range(1, len(rows) + 1) for rest in all_cuts(rows[end:])]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=7), st.integers(1, 1500))
+@few
+def test_no_other_cut_computes_less(lengths: list[int], budget: int) -> None:
+    def cost(groups: list[list[int]]) -> float:
+        padded = [len(group) * max(group) for group in groups]
+        allowed = all(size <= budget or len(group) == 1 for size, group in zip(padded, groups, strict=True))
+        return sum(padded) + len(groups) * budget / 64 if allowed else float("inf")
+
+    groups = group_rows(lengths, budget)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    found = cost([[lengths[row] for row in group] for group in groups])
+    assert found == pytest.approx(min(cost(cut) for cut in all_cuts(sorted(lengths))))
 
 
 def test_rows_are_padded_on_the_right() -> None:
@@ -246,8 +282,8 @@ def test_micro_batches_of_transitions_keep_their_targets() -> None:
     batch = pack_transitions(steps)
     batch.q_target = torch.stack([torch.arange(4.0), 10 + torch.arange(4.0)])
     parts = batch.split(6)
-    assert [part.index_N.tolist() for part in parts] == [[2, 3], [0, 1]]
-    assert [part.lengths.tolist() for part in parts] == [[2, 3], [6]]
+    assert [part.index_N.tolist() for part in parts] == [[2], [3], [0, 1]]
+    assert [part.lengths.tolist() for part in parts] == [[2], [3], [6]]
     for part in parts:
         assert part.q_target is not None
         assert part.q_target[0].tolist() == part.index_N.tolist()

@@ -37,13 +37,13 @@ CORPUS = ["Say the key of each door. Keys: sun moon star. Hint: red ok. no. blue
 class Run:
     """A policy that learns to open doors by comparing siblings: GRPO in a few lines."""
 
-    def __init__(self, *, budget: int | None = None, slots: int = 64) -> None:
+    def __init__(self, *, budget: int | None = None, concurrency: int = 64) -> None:
         module, tokens = tiny(CORPUS, vocab_size=300, hidden=32, layers=2, heads=2)
         with torch.no_grad():
             for weight in module.parameters():
                 weight.mul_(3 if weight.ndim > 1 else 1)  # far enough from uniform for a mistake to show
         self.learner = Learner(module, OptimConfig(lr=1e-2, schedule="linear"), total_steps=8)
-        self.sampler = LocalSampler(module, tokens, slots=slots)
+        self.sampler = LocalSampler(module, tokens, concurrency=concurrency)
         params = SamplingParams(max_tokens=6, temperature=TEMPERATURE)
         self.role = Role("actor", self.sampler, Renderer(tokens, max_tokens=budget), params)
 
@@ -74,7 +74,7 @@ def policy_gradient(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, 
     return losses.token_sum(loss, batch.mask, batch.denom), stats
 
 
-@pytest.mark.parametrize("settings", [{}, {"budget": 60}, {"slots": 2}], ids=["roomy", "over budget", "few slots"])
+@pytest.mark.parametrize("settings", [{}, {"budget": 60}, {"concurrency": 2}], ids=["roomy", "over budget", "few at once"])
 def test_the_ratio_of_the_first_update_is_one_at_every_step(settings: dict[str, Any]) -> None:
     """Alignment, temperature, ids, weights and caches all agree, before training and while it goes on."""
     run = Run(**settings)

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
-from echelon.data.packing import Sampled, pack
+from echelon.data.packing import Batch, Sampled, pack
 from echelon.errors import DataError
 from echelon.models.lm import (
     backbone,
+    check_masks,
     count_parameters,
     head_reads,
     load_lm,
@@ -77,6 +79,40 @@ def test_dropout_is_off_even_in_training(tmp_path: Path) -> None:
     assert token_logprobs(loaded, batch).equal(token_logprobs(loaded, batch))
 
 
+def gradients(module: Any, batch: Batch) -> list[Tensor]:
+    found = torch.autograd.grad(token_logprobs(module, batch).sum(), list(module.parameters()))
+    return list(found)
+
+
+def test_checkpointed_layers_are_computed_twice_and_give_the_same_gradients(folder: Path) -> None:
+    batch = pack([Sampled([3, 4, 5], [6, 7], [0.0, 0.0]), Sampled([8], [9], [0.0])])
+    plain, checkpointed = (
+        load_lm(str(folder), device="cpu", gradient_checkpointing=asked).train() for asked in (False, True)
+    )
+    found: list[list[Tensor]] = []
+    computed: list[int] = []
+    for module in (plain, checkpointed):
+        computed.append(0)
+        for layer in module.model.layers:  # type: ignore[union-attr]
+            layer.mlp.register_forward_pre_hook(lambda *_: computed.append(computed.pop() + 1))
+        found.append(gradients(module, batch))
+    assert computed == [2, 4]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_checkpointed_model_keeps_its_cache_when_it_samples(folder: Path) -> None:
+    module: Any = load_lm(str(folder), device="cpu", gradient_checkpointing=True).eval()
+    with torch.no_grad():
+        assert module(input_ids=torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values.get_seq_length() == 3
+
+
+def test_a_model_that_cannot_be_checkpointed_is_explained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(DataError, match=r"^model\.gradient_checkpointing = True: LlamaForCausalLM cannot do that"):
+        load_lm(str(folder), device="cpu", gradient_checkpointing=True)
+
+
 def test_weights_take_the_type_they_are_asked_for(folder: Path) -> None:
     loaded = load_lm(str(folder), dtype="bfloat16", device="cpu")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
@@ -108,11 +144,12 @@ def test_a_folder_that_is_no_model_is_explained(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
-def test_a_model_whose_layers_cannot_share_a_batch_is_refused(tmp_path: Path) -> None:
+def test_a_model_whose_layers_take_no_mask_loads_but_cannot_have_branches(tmp_path: Path) -> None:
     config = transformers.MambaConfig(vocab_size=280, hidden_size=32, num_hidden_layers=1, state_size=4)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="conversations cannot share a batch"):
-        load_lm(str(tmp_path), attention="eager", device="cpu")
+    module = load_lm(str(tmp_path), attention="eager", device="cpu")
+    with pytest.raises(DataError, match="no mask says what their tokens may see"):
+        check_masks(module)
 
 
 def test_the_head_reads_what_is_chosen_and_only_meanwhile() -> None:

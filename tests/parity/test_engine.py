@@ -65,7 +65,7 @@ def largest_difference(name: str, conversations: list[list[Sampled]]) -> float:
 @architectures
 @pytest.mark.parametrize("tokens", [100_000, 700, 1])
 def test_the_engine_samples_with_the_trainers_log_probs(name: str, tokens: int) -> None:
-    """Over multi-turn conversations with caches kept; with fewer slots than requests, waiting and evictions as well."""
+    """Over multi-turn conversations with caches kept; with little room, waiting and evictions as well."""
     engine = LocalSampler(model(name), tokenizer("plain"), cache_tokens=tokens)
     conversations = asyncio.run(play(engine))
     assert largest_difference(name, conversations) < 1e-4

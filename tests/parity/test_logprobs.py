@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
 from echelon.data.packing import Batch, Sampled, pack, pack_branches
+from echelon.errors import DataError
 from echelon.models import lm
-from echelon.models.lm import token_logprobs, token_logprobs_and_entropy
+from echelon.models.heads import Places, Spans, TokenValue, UtteranceCritic, token_values
+from echelon.models.lm import (
+    attention_inputs,
+    backbone,
+    output_head,
+    token_logprobs,
+    token_logprobs_and_entropy,
+)
+from echelon.ops import vocabulary
 from tests.parity.architectures import ARCHITECTURES, VOCABULARY, model, plain_logprobs
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -85,7 +96,11 @@ def test_what_was_not_sampled_is_zero(name: str) -> None:
 
 @two_kinds
 @pytest.mark.parametrize("layout", [pack, pack_branches])
-def test_the_head_in_chunks_is_the_head_at_once(name: str, layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head", ["linear", "any"])
+def test_the_head_in_parts_is_the_head_at_once(
+    name: str, layout: Any, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A linear head takes the vocabulary in blocks, any other head the positions in chunks."""
     module, turns = model(name), branching() if layout is pack_branches else two_conversations()
     batch = layout(turns)
 
@@ -93,13 +108,111 @@ def test_the_head_in_chunks_is_the_head_at_once(name: str, layout: Any, monkeypa
         logprobs, entropy = token_logprobs_and_entropy(module, batch, temperature=0.7)
         return weighted([logprobs[batch.mask], entropy[batch.mask]]), torch.cat([logprobs, entropy])
 
-    whole_loss, whole = loss()
-    expected = gradient(module, whole_loss)
+    logits = module(input_ids=batch.tokens, use_cache=False, **attention_inputs(module, batch)).logits.float() / 0.7
+    row, column = batch.mask.nonzero(as_tuple=True)
+    logits_MV = logits[row, batch.before[row, column]].log_softmax(-1)
+    plain = [logits_MV.gather(-1, batch.tokens[batch.mask][:, None])[:, 0], -(logits_MV.exp() * logits_MV).sum(-1)]
+    expected = gradient(module, weighted(plain))
+    monkeypatch.setattr(vocabulary, "LOGITS_PER_BLOCK", 5 * int(batch.mask.sum()))
+    monkeypatch.setattr(vocabulary, "LOGITS_KEPT", 0)
     monkeypatch.setattr(lm, "LOGITS_PER_CHUNK", 3 * VOCABULARY + 1)  # three positions at a time
-    chunked_loss, chunked = loss()
-    torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=0)
-    found = gradient(module, chunked_loss)
+    hook = output_head(module).register_forward_hook(lambda *_: None) if head == "any" else None
+    try:
+        part_loss, parts = loss()
+        found = gradient(module, part_loss)
+    finally:
+        if hook is not None:
+            hook.remove()
+    whole = torch.cat([place_of(batch, values) for values in plain])
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def place_of(batch: Batch, values_M: Tensor) -> Tensor:
+    return torch.zeros(batch.tokens.shape).masked_scatter(batch.mask, values_M)
+
+
+def test_an_adapter_on_the_head_is_heard() -> None:
+    module = copy.deepcopy(model("Qwen2"))
+    adapted = peft.get_peft_model(module, peft.LoraConfig(r=2, target_modules=["lm_head", "v_proj"]))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    batch = pack([two_conversations()[0]])
+    turn = two_conversations()[0]
+    ours, theirs = token_logprobs(adapted, batch)[batch.mask], plain_logprobs(adapted, turn.prompt, turn.action)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    found, expected = gradient(adapted, weighted([ours])), gradient(adapted, weighted([theirs]))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (ours - token_logprobs(model("Qwen2"), batch)[batch.mask]).abs().max() > 0.1
+
+
+@architectures
+def test_rows_laid_end_to_end_score_like_padded_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions that restart keep rows apart: same log-probs, values and gradients, and no padding is computed."""
+    module, turns = model(name), two_conversations()
+    batch = pack(turns)
+    assert batch.lengths.tolist() != [batch.tokens.shape[1]] * 2, "or there would be no padding"
+    seen: list[tuple[int, ...]] = []
+    value = TokenValue.from_lm(module)
+    with torch.no_grad():
+        value.head.weight.normal_(generator=torch.Generator().manual_seed(0))
+
+    def score() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        hook = backbone(module).register_forward_hook(lambda body, args, out: seen.append(out[0].shape[:2]))
+        logprobs, (values, after) = token_logprobs(module, batch), token_values(value, batch)
+        hook.remove()
+        grown = gradient(value, (values * batch.mask).square().sum() + after.sum())
+        return (
+            logprobs,
+            values[batch.mask],
+            after,
+            torch.cat([gradient(module, weighted([logprobs[batch.mask]])), grown]),
+        )
+
+    padded = score()
+    monkeypatch.setattr(lm, "lays_end_to_end", lambda module: True)
+    flat = score()
+    assert seen == [tuple(batch.tokens.shape), (1, int(batch.lengths.sum()))]
+    for one, other in zip(flat[:3], padded[:3], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    assert (flat[3] - padded[3]).abs().max() <= 1e-5 * padded[3].abs().max()
+
+
+def test_an_utterance_critic_reads_rows_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = pack(two_conversations())
+    critic = UtteranceCritic.from_lm(model("Llama"))
+    at = Spans(batch.row_N, batch.state_N, batch.first_N, batch.last_N), Places(batch.row_N, batch.state_N)
+    padded = critic(batch.tokens, *at)
+    monkeypatch.setattr(lm, "lays_end_to_end", lambda module: True)
+    for one, other in zip(critic(batch.tokens, *at, batch.lengths), padded, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_branches_are_never_laid_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = pack_branches(branching())
+    expected = token_logprobs(model("Llama"), batch)
+    monkeypatch.setattr(lm, "lays_end_to_end", lambda module: True)
+    assert token_logprobs(model("Llama"), batch).equal(expected)
+
+
+@pytest.mark.parametrize(("attention", "expected"), [("sdpa", False), ("eager", False), ("flash_attention_2", True)])
+def test_rows_are_laid_end_to_end_where_attention_takes_them(attention: str, expected: bool) -> None:
+    module = copy.deepcopy(model("Llama"))
+    module.config._attn_implementation_internal = attention  # set for real, it asks for a GPU
+    assert lm.lays_end_to_end(module) is expected
+
+
+def test_a_model_whose_attention_does_not_learn_where_rows_begin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm, "lays_end_to_end", lambda module: True)
+    for name in ARCHITECTURES:
+        lm.check_end_to_end(model(name))
+    deaf = copy.deepcopy(model("Llama"))
+    forward = deaf.model.forward
+    monkeypatch.setattr(deaf.model, "forward", lambda position_ids=None, **inputs: forward(**inputs))
+    with pytest.raises(DataError, match="rows laid end to end would read each other"):
+        lm.check_end_to_end(deaf)
 
 
 @two_kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -366,7 +367,7 @@ def test_a_critic_of_its_own_leaves_the_actor_alone(begin: Begin) -> None:
 def advise(level: Level, cfg: Config, critic: UtteranceCritic) -> tuple[list[float], dict[str, float]]:
     """The advantages of all sampled tokens of the games, and what was logged."""
     batch = pack([turn for episode in level.played for turn in episode.turns])
-    policy = Learner(level.actor.module, cfg.policy.optim)
+    policy = Learner(copy.deepcopy(level.actor.module), cfg.policy.optim)  # the games were sampled before it learned
     logged = update_actor(cfg, 0, policy, None, critic, batch, level.replay, level.actor.role)
     assert batch.advantages is not None
     return batch.advantages[batch.mask].tolist(), logged

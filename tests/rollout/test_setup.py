@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import platform
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon.config import ModelConfig, SamplingConfig
 from echelon.errors import CheckpointError, DataError
 from echelon.models.lm import tiny
-from echelon.rollout.setup import describe, model_path, open_actor, open_env, task_batch
+from echelon.rollout import setup
+from echelon.rollout.setup import describe, model_path, open_actor, open_env, set_threads, task_batch, usable_cores
 from echelon.types import Episode, SamplingParams, Task
 
 
@@ -96,3 +103,64 @@ def test_sizes_are_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{4 * count / 2**20:.1f} MiB of weights, {12 * count / 2**20:.1f} MiB more for gradients" in told[0]
     assert " 0 trained; " in told[1]
     assert told[2] == "tokens per step: at most 12,345"
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads_are_as_many_as_asked_for_or_as_the_model_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "usable_cores", lambda: 3)
+    for asked, parameters, expected in ((2, 10, 2), (0, 10, 1), (0, 1_100_000, 2), (0, 25_000_000, 3)):
+        set_threads(asked, torch.nn.Linear(parameters, 1, bias=False, device="meta"))
+        assert torch.get_num_threads() == expected
+    set_threads(0)
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("siblings", "share", "expected"),
+    [
+        ({0: "0", 1: "1", 2: "2", 3: "3"}, "max 100000", 4),
+        ({0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, "max 100000", 2),  # two threads on each of two cores
+        ({0: "0", 1: "1", 2: "2", 3: "3"}, "150000 100000", 1),  # a container that gets one and a half
+        ({}, "", 4),  # a system that does not say
+    ],
+)
+def test_cores_are_counted_once_and_only_those_of_this_process(
+    siblings: dict[int, str], share: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list": text for cpu, text in siblings.items()}
+    monkeypatch.setattr(setup, "_read", lambda file: (files | {"/sys/fs/cgroup/cpu.max": share}).get(str(file), ""))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
+    assert usable_cores() == expected
+
+
+PAGE_FAULTS = """
+import resource, torch
+from echelon.rollout.setup import keep_freed_memory
+if {keep}:
+    keep_freed_memory()
+for _ in range(3):
+    torch.ones(1 << 24).mul(2)  # two blocks of 64 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    torch.ones(1 << 24).mul(2)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="speaks of glibc's allocator")
+def test_large_blocks_are_used_again() -> None:
+    """Counted in page faults: each would be a page that the system clears again."""
+    found = []
+    for keep in (False, True):
+        done = subprocess.run(
+            [sys.executable, "-c", PAGE_FAULTS.format(keep=keep)], capture_output=True, text=True, check=True
+        )
+        found.append(int(done.stdout))
+    assert found[1] < 100 < found[0]

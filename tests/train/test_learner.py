@@ -168,7 +168,8 @@ def test_micro_batches_do_not_change_the_gradient_or_the_numbers(layout: Callabl
         learner = Learner(tied(), OptimConfig(lr=1e-3))
         parts = batch.split(budget)
         found.append((len(parts), learner.update(parts, policy_gradient), gradients(learner.module)))
-    assert [count for count, _, _ in found] == [1, 3, 8]
+    one, several, each = (count for count, _, _ in found)
+    assert one == 1 < several < each == 8
     whole = found[0]
     for _, metrics, gradient in found[1:]:
         assert metrics == pytest.approx(whole[1], rel=1e-4)
@@ -191,6 +192,35 @@ def test_a_gradient_reaches_everything_that_is_trained(kind: str) -> None:
     assert all(reached)
     assert metrics["grad_norm"] > 0
     assert not any(one.equal(other) for one, other in zip(values(learner.module), before, strict=True))
+
+
+def test_an_update_is_made_in_training_mode() -> None:
+    """The engine puts the module in evaluation mode; checkpointing needs the other one."""
+    module: Any = tied().eval()
+    module.gradient_checkpointing_enable({"use_reentrant": False})
+    plain, checkpointed = Learner(tied().eval(), OptimConfig(lr=1e-3)), Learner(module, OptimConfig(lr=1e-3))
+    computed: list[nn.Module] = []
+    module.model.layers[0].mlp.register_forward_pre_hook(lambda layer, *_: computed.append(layer))
+    expected = plain.update([batch_with_advantages()], policy_gradient)
+    assert checkpointed.update([batch_with_advantages()], policy_gradient) == pytest.approx(expected, rel=1e-5)
+    assert len(computed) == 2
+    for one, other in zip(gradients(module), gradients(plain.module), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_error_of_the_loss_changes_nothing() -> None:
+    def refuse(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        if batch.rows[0] != first:
+            raise ValueError("no")
+        return policy_gradient(module, batch)
+
+    learner = Learner(tied(), OptimConfig(lr=1e-2))
+    before, parts = values(learner.module), batch_with_advantages().split(1)
+    first = parts[0].rows[0]
+    with pytest.raises(ValueError, match="no"):
+        learner.update(parts, refuse)
+    assert nothing_changed(learner, before, {})
+    assert learner.version == 0
 
 
 def test_what_is_frozen_neither_trains_nor_has_state(tmp_path: Path) -> None:
