@@ -5,9 +5,9 @@
 
 A step samples 8 completions for each of 8 prompts (64 to 128 tokens), which end at lengths drawn once from a log-normal
 distribution (median 32, at most 128), rewards them, and takes one optimizer step (clipped surrogate, no KL, AdamW,
-gradients clipped) on at most 16,384 tokens per pass. Both sides: the same float32 model, prompts, lengths and reward,
+gradients clipped). Both sides: the same float32 model, prompts, lengths and reward,
 the same number of completion tokens (checked), weights that moved (checked). Ours goes through what the `grpo` recipe
-calls: `collect`, `LocalSampler`, `group_baseline`, `pack`, `update_policy`.
+calls, with its `tokens_per_pass`: `collect`, `LocalSampler`, `group_baseline`, `pack_siblings`, `update_policy`.
 
 TRL is given what makes it fastest here: no gradient checkpointing, float32, all 64 rows in one generation batch and one
 pass of the update, no reference model, old log-probs taken from the update's own pass (num_iterations 1), no logging or
@@ -46,7 +46,6 @@ from _harness import (
 )
 
 TARGETS = {"trl": 3.0}
-TOKENS_PER_PASS = 16_384
 RATE = 1e-5
 
 
@@ -110,8 +109,9 @@ def ours(job: Job) -> Run:
     import torch
 
     from echelon.config import ModelConfig, OptimConfig, SamplingConfig
-    from echelon.data.packing import pack
+    from echelon.data.packing import pack_siblings
     from echelon.ops.credit import group_baseline
+    from echelon.recipes.grpo import Config
     from echelon.rollout.plays import env_loop
     from echelon.rollout.roles import Role, collect
     from echelon.rollout.setup import open_actor
@@ -142,7 +142,7 @@ def ours(job: Job) -> Run:
         settings=PolicyConfig(epochs=1),
         reference=None,
         temperature=1.0,
-        tokens_per_pass=TOKENS_PER_PASS,
+        tokens_per_pass=Config.tokens_per_pass,
     )
 
     def role(length: int) -> Role:
@@ -158,7 +158,7 @@ def ours(job: Job) -> Run:
         episodes = asyncio.run(collect(tasks, play, seed=number, siblings=len(job.lengths[0])))
         turns = [turn for episode in episodes for turn in episode.turns]
         returns = torch.tensor([episode.reward for episode in episodes])
-        batch = pack(turns)
+        batch = pack_siblings(turns)
         batch.advantages = batch.spread(group_baseline(returns, groups, scale="std"))
         learn(batch, seed=number)
         actor.sampler.load(policy.weights(), policy.version)

@@ -245,6 +245,21 @@ def pack_branches(turns: Sequence[Said]) -> Batch:
     return replace(batch, positions=positions, visible=visible | torch.eye(len(columns), dtype=torch.bool))
 
 
+def pack_siblings(turns: Sequence[Said]) -> Batch:
+    """Turns as rows, by whichever of `pack` and `pack_branches` computes less.
+
+    Several answers to one prompt, next to each other, share a row with it, unless they are so long that attention over
+    that row would cost more than reading the prompt again (Prefix Grouper, arXiv 2506.05433, is the idea). Attention
+    of a row counts as its length squared over 2048 tokens, about right for models of width 512 and more.
+    """
+    plain, branched = pack(turns), pack_branches(turns)
+
+    def cost(batch: Batch) -> float:
+        return float((batch.lengths + batch.lengths.square() / 2048).sum())
+
+    return branched if cost(branched) < cost(plain) else plain
+
+
 def _filled(turns: Sequence[Said], rows: list[list[int]], placed: list[tuple[int, int, int]]) -> Batch:
     """The batch of turns whose (row, column of the state's last token, column of the action's first) are given."""
     tokens, lengths = pad(rows)

@@ -282,6 +282,15 @@ def check_masks(module: nn.Module) -> None:
         )
 
 
+def shares_prompts(module: nn.Module) -> bool:
+    """Whether several answers can branch off one prompt in a row: masks reach the model, and are no detour for it."""
+    try:
+        check_masks(module)
+    except DataError:
+        return False
+    return not lays_end_to_end(module)
+
+
 def output_head(module: nn.Module) -> nn.Module:
     """The layer that turns hidden states into logits."""
     head = module.get_output_embeddings()  # type: ignore[operator]

@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from echelon.config import ModelConfig, RunConfig, SamplingConfig, Settings, demand, require, to_yaml
-from echelon.data.packing import pack
+from echelon.data.packing import pack, pack_siblings
+from echelon.models.lm import shares_prompts
 from echelon.ops import credit
 from echelon.rollout.evaluate import rollout_metrics
 from echelon.rollout.plays import env_loop
@@ -86,6 +87,7 @@ def main(cfg: Config) -> None:
     updates = cfg.steps * cfg.policy.epochs * cfg.policy.minibatches
     policy = Learner(actor.module, cfg.policy.optim, total_steps=updates, name="actor", tokenizer=actor.tokenizer)
     reference = starting_policy(actor.module, cfg.policy)
+    share = cfg.policy.minibatches == 1 and shares_prompts(actor.module)  # answers to one prompt may share its row
     parts: dict[str, Saveable] = {"actor": policy}
     if reference is not None:
         parts["reference"] = Weights(reference)
@@ -114,7 +116,7 @@ def main(cfg: Config) -> None:
                 turns = [turn for episode in played for turn in episode.turns]
 
                 advantages_N, compared = compare(cfg, played, groups)
-                batch = pack(turns)
+                batch = pack_siblings(turns) if share and len(turns) == len(played) else pack(turns)
                 batch.advantages = batch.spread(advantages_N)
 
                 learned = learn(batch, reference=reference, seed=seed)

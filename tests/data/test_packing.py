@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echelon.data.packing import Batch, Sampled, group_rows, pack, pack_branches, pack_transitions, pad
+from echelon.data.packing import Batch, Sampled, group_rows, pack, pack_branches, pack_siblings, pack_transitions, pad
 from echelon.data.replay import Transition, transitions
 from echelon.text.chat import Example
 from echelon.types import Episode, Turn
@@ -291,3 +291,17 @@ def test_micro_batches_of_transitions_keep_their_targets() -> None:
         assert part.reward_N.tolist() == [steps[n].reward for n in part.index_N.tolist()]
         assert part.tokens[part.row_N, part.action_N].tolist() == [steps[n].action[-1] for n in part.index_N.tolist()]
         assert part.denom == 4.0
+
+
+def siblings(prompt: list[int], answers: list[int]) -> list[Sampled]:
+    return [Sampled(prompt, [7] * count, [-1.0] * count) for count in answers]
+
+
+def test_answers_to_one_prompt_share_its_row_unless_they_are_long() -> None:
+    short = pack_siblings([*siblings([1] * 200, [5, 9, 3]), *siblings([2] * 150, [4, 4, 4])])
+    assert short.lengths.tolist() == [217, 162]
+    assert short.visible is not None
+    assert short.denom == 29
+    long = pack_siblings(siblings([1] * 20, [900] * 8))
+    assert long.lengths.tolist() == [920] * 8, "attention over 7220 tokens costs more than reading 20 again"
+    assert long.visible is None

@@ -74,7 +74,7 @@ def policy_gradient(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, 
     return losses.token_sum(loss, batch.mask, batch.denom), stats
 
 
-@pytest.mark.parametrize("settings", [{}, {"budget": 60}, {"concurrency": 2}], ids=["roomy", "over budget", "few at once"])
+@pytest.mark.parametrize("settings", [{}, {"budget": 60}, {"concurrency": 2}], ids=["roomy", "over budget", "few"])
 def test_the_ratio_of_the_first_update_is_one_at_every_step(settings: dict[str, Any]) -> None:
     """Alignment, temperature, ids, weights and caches all agree, before training and while it goes on."""
     run = Run(**settings)
