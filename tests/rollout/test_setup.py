@@ -143,24 +143,22 @@ def test_cores_are_counted_once_and_only_those_of_this_process(
 PAGE_FAULTS = """
 import resource, torch
 from echelon.rollout.setup import keep_freed_memory
-if {keep}:
-    keep_freed_memory()
-for _ in range(3):
-    torch.ones(1 << 24).mul(2)  # two blocks of 64 MiB
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
-    torch.ones(1 << 24).mul(2)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults():
+    for _ in range(3):
+        torch.ones(3 << 22).mul(2)  # two blocks of 48 MiB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(12):
+        torch.ones(3 << 22).mul(2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+fresh = faults()
+keep_freed_memory()
+print(fresh, faults())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="speaks of glibc's allocator")
 def test_large_blocks_are_used_again() -> None:
     """Counted in page faults: each would be a page that the system clears again."""
-    found = []
-    for keep in (False, True):
-        done = subprocess.run(
-            [sys.executable, "-c", PAGE_FAULTS.format(keep=keep)], capture_output=True, text=True, check=True
-        )
-        found.append(int(done.stdout))
-    assert found[1] < 100 < found[0]
+    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, check=True)
+    fresh, kept = map(int, done.stdout.split())
+    assert kept < fresh / 3, (fresh, kept)  # a small block in between may still cost a large one, now and then
