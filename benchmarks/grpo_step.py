@@ -4,10 +4,10 @@
     python benchmarks/grpo_step.py --sizes tiny --repeats 5
 
 A step samples 8 completions for each of 8 prompts (64 to 128 tokens), which end at lengths drawn once from a log-normal
-distribution (median 32, at most 128), rewards them, and takes one optimizer step (clipped surrogate, no KL, AdamW, gradients
-clipped). Both sides: the same float32 model, prompts, lengths and reward, the same number of completion tokens
-(checked), weights that moved (checked). Ours goes through what the `grpo` recipe calls, with its `tokens_per_pass`:
-`collect`, `LocalSampler`, `group_baseline`, `pack_siblings`, `update_policy`.
+distribution (median 32, at most 128), rewards them, and takes one optimizer step (clipped surrogate, no KL, AdamW,
+gradients clipped). Both sides: the same float32 model, prompts, lengths and reward, the same number of completion
+tokens (checked), weights that moved (checked). Ours goes through what the `grpo` recipe calls, with its
+`tokens_per_pass`: `collect`, `LocalSampler`, `group_baseline`, `pack_siblings`, `update_policy`.
 
 TRL is given what makes it fastest here: no gradient checkpointing, float32, all 64 rows in one generation batch with a
 static cache, 16 rows in a pass of the update (64 are as slow and take twice the memory), no reference model, old
