@@ -15,8 +15,8 @@ from torch import Tensor
 LOGITS_PER_BLOCK = 1 << 21
 """About so many float32 logits exist at once (8 MiB, a processor's cache); on other devices, 32 times as many."""
 
-LOGITS_KEPT = 3 << 23
-"""So many logits at most (96 MiB) are kept for the gradient; others are made again, a fourth product besides three."""
+LOGITS_KEPT = 11 << 22
+"""So many logits at most (176 MiB) are kept for the gradient; others are made again, a fourth product besides three."""
 
 
 def linear_scores(
