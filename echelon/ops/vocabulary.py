@@ -51,9 +51,13 @@ class _Logits:
     def __init__(self, scale: float, cap: float | None, temperature: float) -> None:
         self.scale, self.cap, self.temperature = scale, cap, temperature
 
-    def of(self, hidden_MH: Tensor, weight_vH: Tensor, bias_v: Tensor | None) -> Tensor:
-        """Logits of one block, float32."""
-        raw_Mv = torch.nn.functional.linear(hidden_MH, weight_vH, bias_v).float()
+    def of(self, hidden_MH: Tensor, weight_vH: Tensor, bias_v: Tensor | None, out_Mv: Tensor | None = None) -> Tensor:
+        """Logits of one block, float32, in `out_Mv` if it is given."""
+        if out_Mv is None or bias_v is not None or weight_vH.dtype != torch.float32:
+            found_Mv = torch.nn.functional.linear(hidden_MH, weight_vH, bias_v)
+            raw_Mv = found_Mv.float() if out_Mv is None else out_Mv.copy_(found_Mv)
+        else:
+            raw_Mv = torch.mm(hidden_MH, weight_vH.T, out=out_Mv)
         if self.cap is not None:
             return raw_Mv.mul_(self.scale / self.cap).tanh_().mul_(self.cap / self.temperature)
         return raw_Mv if self.scale == self.temperature else raw_Mv.mul_(self.scale / self.temperature)
@@ -77,12 +81,16 @@ class _LinearScores(torch.autograd.Function):
         with_entropy: bool,
         room: int,
     ) -> tuple[Tensor, Tensor | None]:
-        count, kept = len(targets_M), []
+        count, blocks = len(targets_M), _blocks(len(targets_M), weight_VH)
+        # One tensor, the first blocks behind each other: so many small ones would leave holes where they were.
+        fits = sum(block.stop - block.start for block in blocks if count * block.stop <= room)
+        kept = torch.empty(count * fits, device=hidden_MH.device)
         picked_M = torch.zeros(count, device=hidden_MH.device)
         # Sums over the blocks seen, of exp(logit - top) and of that times (logit - top): `top` is the largest so far.
         top_M, total_M, moment_M = picked_M + torch.finfo(torch.float32).min, picked_M.clone(), picked_M.clone()
-        for block in _blocks(count, weight_VH):
-            logits_Mv = logits.of(hidden_MH, weight_VH[block], None if bias_V is None else bias_V[block])
+        for block in blocks:
+            bias_v = None if bias_V is None else bias_V[block]
+            logits_Mv = logits.of(hidden_MH, weight_VH[block], bias_v, _place(kept, count, block))
             row, column = _within(targets_M, block)
             picked_M[row] = logits_Mv[row, column]
             higher_M = torch.maximum(top_M, logits_Mv.amax(-1))
@@ -93,25 +101,24 @@ class _LinearScores(torch.autograd.Function):
                 moment_M = shrink_M * (moment_M + shift_M * total_M) + (centred_Mv.mul_(weights_Mv)).sum(-1)
             total_M = shrink_M * total_M + weights_Mv.sum(-1)
             top_M = higher_M
-            room -= logits_Mv.numel()
-            if room >= 0:
-                kept.append(logits_Mv)
         normaliser_M, entropy_M = top_M + total_M.log(), total_M.log() - moment_M / total_M
-        ctx.save_for_backward(hidden_MH, weight_VH, bias_V, targets_M, normaliser_M, entropy_M, *kept)
+        ctx.save_for_backward(hidden_MH, weight_VH, bias_V, targets_M, normaliser_M, entropy_M, kept)
         ctx.logits = logits
         ctx.set_materialize_grads(False)
         return picked_M - normaliser_M, entropy_M if with_entropy else None
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_MH, weight_VH, bias_V, targets_M, normaliser_M, entropy_M, *kept = ctx.saved_tensors
+        hidden_MH, weight_VH, bias_V, targets_M, normaliser_M, entropy_M, kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         to_hidden = torch.zeros_like(hidden_MH, dtype=torch.float32) if wants_hidden else None
         to_weight = torch.empty_like(weight_VH) if wants_weight else None
         to_bias = torch.empty_like(bias_V) if wants_bias else None
-        for number, block in enumerate(_blocks(len(targets_M), weight_VH)):
-            bias_v = None if bias_V is None else bias_V[block]
-            logits_Mv = kept[number] if number < len(kept) else ctx.logits.of(hidden_MH, weight_VH[block], bias_v)
+        for block in _blocks(len(targets_M), weight_VH):
+            logits_Mv = _place(kept, len(targets_M), block)
+            if logits_Mv is None:
+                bias_v = None if bias_V is None else bias_V[block]
+                logits_Mv = ctx.logits.of(hidden_MH, weight_VH[block], bias_v)
             wrong_Mv = _to_logits(logits_Mv, _within(targets_M, block), normaliser_M, entropy_M, *gradients)
             out_Mv = ctx.logits.back_(wrong_Mv, logits_Mv).to(weight_VH.dtype)
             if to_hidden is not None and out_Mv.dtype == torch.float32:
@@ -152,8 +159,14 @@ def _to_logits(
 def _blocks(count: int, weight_VH: Tensor) -> list[slice]:
     """The vocabulary in parts of equal size, so that so many positions by one of them are about one block."""
     size = LOGITS_PER_BLOCK * (1 if weight_VH.device.type == "cpu" else 32)
-    entries = max(1, size // max(1, count))
-    return [slice(start, start + entries) for start in range(0, len(weight_VH), entries)]
+    entries, whole = max(1, size // max(1, count)), len(weight_VH)
+    return [slice(start, min(start + entries, whole)) for start in range(0, whole, entries)]
+
+
+def _place(kept: Tensor, count: int, block: slice) -> Tensor | None:
+    """Where the logits of a block are kept, if they are."""
+    start, stop = count * block.start, count * block.stop
+    return kept[start:stop].view(count, -1) if 0 < stop <= len(kept) else None
 
 
 def _within(targets_M: Tensor, block: slice) -> tuple[Tensor, Tensor]:
