@@ -51,7 +51,7 @@ from typing import Any
 Run = Callable[[int], Mapping[str, float]]
 """The work of one round, given its number; returns what it counted."""
 
-NEEDS = {"vllm": "vllm", "trl": "trl"}
+NEEDS = {"vllm": "vllm", "vllm-turns": "vllm", "trl": "trl"}
 """Peer → the module that must be there."""
 
 SIZES: dict[str, dict[str, int]] = {

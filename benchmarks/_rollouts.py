@@ -1,4 +1,4 @@
-"""Conversations, and three ways of sampling them: the local engine, the `generate` loop, vLLM.
+"""Conversations, and ways of sampling them: the local engine, the `generate` loop, vLLM with and without lock-step.
 
 A plan says for every conversation how long each observation and each reply is. Lengths are decided beforehand and no
 token ends a reply, so everybody samples exactly the same number of tokens; what the observations say depends on the
@@ -9,9 +9,10 @@ it sampled, which is what reinforcement learning needs, unless its function says
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import numpy as np
 from _harness import FIRST_WORD, SIZES, Run, Side, load_module
@@ -48,8 +49,8 @@ class Job:
 
 def side(peer: str, job: Job) -> Side:
     """The side of that name."""
-    if peer == "vllm":
-        return Side(peer, vllm, job, vllm_environment(job.threads))
+    if peer.startswith("vllm"):
+        return Side(peer, vllm if peer == "vllm" else vllm_turns, job, vllm_environment(job.threads))
     return Side(peer, {"ours": ours, "generate": generate}[peer], job)
 
 
@@ -127,36 +128,15 @@ def vllm(job: Job) -> Run:
     In-process engine, eager, float32, token ids in and out without a tokenizer, log-probabilities of the sampled
     tokens, blocks of 32 tokens, only finished outputs are reported.
     """
-    from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    longest = max(sum(map(sum, turns)) for plan in job.plans for turns in plan)
-    llm = LLM(
-        job.folder,
-        dtype="float32",
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        enable_prefix_caching=True,
-        distributed_executor_backend="uni",
-        max_model_len=longest + 1,
-        max_num_seqs=256,
-        max_num_batched_tokens=8192,
-        block_size=32,
-        disable_log_stats=True,
-    )
+    llm, sampling = vllm_model(job)
     engine = llm.llm_engine
     names = count()
 
     def ask(prompt: list[int], reply: int) -> str:
         name = str(next(names))
-        params = SamplingParams(
-            max_tokens=reply,
-            temperature=1.0,
-            logprobs=0,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        params = sampling(reply, output_kind=RequestOutputKind.FINAL_ONLY)
         engine.add_request(name, {"prompt_token_ids": prompt}, params)
         return name
 
@@ -177,6 +157,58 @@ def vllm(job: Job) -> Run:
         return sampled
 
     return warm(lambda number: {"tokens": everything(number)})
+
+
+def vllm_turns(job: Job) -> Run:
+    """The same vLLM, called as loops in lock-step call it: every turn of all conversations is one `LLM.generate`."""
+    llm, sampling = vllm_model(job)
+
+    def everything(number: int) -> int:
+        assert llm.reset_prefix_cache()
+        plan, observed = job.plan(number), job.observations(number)
+        said: list[list[int]] = [[] for _ in plan]
+        sampled = 0
+        for turn in range(max(map(len, plan))):
+            going = [place for place, turns in enumerate(plan) if turn < len(turns)]
+            for place in going:
+                said[place] += observed[place][turn]
+            prompts = [{"prompt_token_ids": said[place]} for place in going]
+            outputs = llm.generate(prompts, [sampling(plan[place][turn][1]) for place in going], use_tqdm=False)
+            for place, output in zip(going, outputs, strict=True):
+                tokens = list(output.outputs[0].token_ids)
+                assert len(output.outputs[0].logprobs) == len(tokens)
+                said[place] = said[place] + tokens
+                sampled += len(tokens)
+        return sampled
+
+    return warm(lambda number: {"tokens": everything(number)})
+
+
+def vllm_model(job: Job) -> tuple[Any, Callable[..., Any]]:
+    """vLLM with the model of the job, and what makes its sampling parameters for a reply of so many tokens."""
+    from vllm import LLM, SamplingParams
+
+    longest = max(sum(map(sum, turns)) for plan in job.plans for turns in plan)
+    llm = LLM(
+        job.folder,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        enable_prefix_caching=True,
+        distributed_executor_backend="uni",
+        max_model_len=longest + 1,
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        block_size=32,
+        disable_log_stats=True,
+    )
+
+    def sampling(reply: int, **settings: Any) -> Any:
+        return SamplingParams(
+            max_tokens=reply, temperature=1.0, logprobs=0, ignore_eos=True, detokenize=False, **settings
+        )
+
+    return llm, sampling
 
 
 def warm(run: Run) -> Run:

@@ -15,7 +15,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = {path.name: path for path in sorted(FOLDER.glob("[!_]*.py")) if path.name != "curves.py"}
-EXTRA = {"vllm", "trl"}
+EXTRA = {"vllm", "vllm-turns", "trl"}
 """Peers that the core installation does not bring."""
 
 
