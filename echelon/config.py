@@ -17,7 +17,7 @@ import operator
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
@@ -148,6 +148,87 @@ class SamplingConfig:
         demand(self, "stop", "" not in self.stop, "every text contains the empty text. Leave it out.")
 
 
+@dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter: small matrices that learn beside frozen weights (Hu et al., arXiv 2106.09685)."""
+
+    rank: int = 0
+    """Width of the small matrices; 0 trains all weights of the model instead."""
+    alpha: float = 16.0
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Part of an adapter's inputs that is dropped while learning."""
+    target: tuple[str, ...] = ("all-linear",)
+    """Which layers get one: names of modules, or all-linear for every linear layer but the head."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained in full and saved with the adapter, such as lm_head or embed_tokens."""
+
+    def __post_init__(self) -> None:
+        demand(self, "rank", self.rank >= 0, "it is a width. Give 8 or 16, or 0 to train all weights.")
+        demand(self, "alpha", 0 < self.alpha < math.inf, "the adapter would do nothing, or anything. Give 16.")
+        demand(self, "dropout", 0 <= self.dropout < 1, "it is a part of the inputs. Give 0 to 0.5.")
+        demand(self, "target", bool(self.target), "an adapter sits somewhere. Give all-linear or names of modules.")
+        because = "the name all-linear stands alone. Leave out the other names."
+        demand(self, "target", "all-linear" not in self.target or len(self.target) == 1, because)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from: files, folders or hub ids, mixed, cut and split in a way that a rerun repeats exactly."""
+
+    path: tuple[str, ...] = ()
+    """Files (jsonl, json, csv, parquet, arrow), folders of them, or hub ids; several are mixed."""
+    split: str = "train"
+    """Split to read where a source has splits."""
+    subset: str = ""
+    """Configuration of a hub dataset, or a folder inside it (or inside a local folder), such as data/finetune."""
+    weights: tuple[float, ...] = ()
+    """Probability of each source; without it every row is as likely as any other."""
+    limit: int = 0
+    """Most rows taken; 0 takes all."""
+    streaming: bool = False
+    """Take `limit` rows from the beginning of a source without downloading the rest."""
+    shuffle_buffer: int = 5000
+    """Rows among which a streamed source is shuffled."""
+    eval_path: tuple[str, ...] = ()
+    """Sources of the rows held out; without it, eval_split or eval_fraction of path."""
+    eval_split: str = ""
+    """Split of the rows held out."""
+    eval_fraction: float = 0.0
+    """Part of path that is held out, chosen by a hash of each row, so that it never changes sides."""
+    eval_limit: int = 0
+    """Most rows held out; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        demand(self, "path", "" not in self.path, "a source has a name. Give a file, a folder or a hub id.")
+        demand(self, "split", self.split != "", "something has to be read. Give train.")
+        fits = not self.weights or len(self.weights) == len(self.path)
+        demand(self, "weights", fits, f"there are {len(self.path)} sources. Give one weight for each, or none.")
+        positive = all(0 < weight < math.inf for weight in self.weights)
+        demand(self, "weights", positive, "a source of weight 0 would never be read. Leave such a source out.")
+        for name in ("limit", "eval_limit"):
+            demand(self, name, getattr(self, name) >= 0, "it counts rows. Give 0 to take all.")
+        demand(self, "streaming", not self.streaming or self.limit > 0, "a stream may not end. Give a limit.")
+        demand(self, "shuffle_buffer", self.shuffle_buffer >= 1, "it counts rows. Give 1 to keep their order.")
+        demand(self, "eval_fraction", 0 <= self.eval_fraction < 1, "it is a part of the rows. Give 0 to 0.5.")
+        held = [name for name in ("eval_path", "eval_split", "eval_fraction") if getattr(self, name)]
+        one = "the rows held out come from one place. Keep one of eval_path, eval_split and eval_fraction."
+        both = held == ["eval_path", "eval_split"]
+        demand(self, held[-1] if held else "eval_path", len(held) <= 1 or both, one)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that get every row of metrics; each needs its extra."""
+    project: str = "echelon"
+    """Project (experiment) under which trackers file the run."""
+    name: str = ""
+    """What trackers call the run; empty is the name of the run directory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What every run has. A recipe's Config inherits it; its `__post_init__` calls `super().__post_init__()` first."""
@@ -166,6 +247,8 @@ class RunConfig:
     """CPU threads for tensor work; 0 takes one for each half million parameters, at most the cores there are."""
     dry_run: bool = False
     """Resolve the settings, print sizes and memory, and stop before training."""
+    log: LogConfig = LogConfig()
+    """Trackers."""
 
     def __post_init__(self) -> None:
         require(self, "out")
@@ -173,6 +256,37 @@ class RunConfig:
         demand(self, "save_every", self.save_every >= 0, "it counts steps. Give 0 to save at the end only.")
         demand(self, "keep_last", self.keep_last >= 1, "a run with no checkpoint cannot be resumed. Keep at least 1.")
         demand(self, "threads", self.threads >= 0, "threads are counted. Give 0 to have them chosen.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(RunConfig):
+    """Where a policy that learns by trying finds its tasks and its rewards: an environment, or prompts and rewards."""
+
+    env: str = ""
+    """The environment: a built-in name, path.py:Class or module:Class. Or else give data.path."""
+    env_settings: Settings = field(default_factory=dict)
+    """Settings of the environment."""
+    data: DataConfig = DataConfig()
+    """Prompts to answer once each, in place of an environment."""
+    reward: tuple[str, ...] = ()
+    """What completions earn, on top of what the environment gives: path.py:function, module:function, or the folder of
+    a reward model."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each reward; without it all weigh 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.env and not self.data.path:
+            raise ConfigError(
+                "env is missing: nothing says what to do. Give --env, or --data.path with prompts and --reward."
+            )
+        demand(self, "env", not (self.env and self.data.path), "data.path gives tasks too. Keep one of the two.")
+        because = "nothing says what an answer is worth. Give path.py:function or the folder of a reward model."
+        demand(self, "reward", bool(self.reward or self.env), because)
+        fits = not self.reward_weights or len(self.reward_weights) == len(self.reward)
+        demand(self, "reward_weights", fits, f"there are {len(self.reward)} rewards. Give a weight for each, or none.")
+        finite = all(math.isfinite(weight) for weight in self.reward_weights)
+        demand(self, "reward_weights", finite, "a weight is a finite number.")
 
 
 def load(config: type[Config], files: Sequence[str | Path] = (), flags: Sequence[str] = ()) -> Config:
@@ -198,7 +312,7 @@ def to_yaml(config: DataclassInstance) -> str:
 def _kinds(config: type[DataclassInstance]) -> dict[str, Any]:
     """Name → type of the fields of one block."""
     hints = get_type_hints(config)
-    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+    return {entry.name: hints[entry.name] for entry in dataclasses.fields(config)}
 
 
 def _settings(config: type[DataclassInstance], prefix: str = "") -> dict[str, Any]:
@@ -214,16 +328,16 @@ def _settings(config: type[DataclassInstance], prefix: str = "") -> dict[str, An
 def _build(config: type[Config], given: Mapping[str, object], default: object = MISSING, prefix: str = "") -> Config:
     """Construct the inner blocks, then the outer one; what is not given comes from `default` or from the class."""
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        name, kind = prefix + field.name, _kinds(config)[field.name]
-        base = _class_default(field) if default is MISSING else getattr(default, field.name)
+    for entry in dataclasses.fields(config):
+        name, kind = prefix + entry.name, _kinds(config)[entry.name]
+        base = _class_default(entry) if default is MISSING else getattr(default, entry.name)
         if dataclasses.is_dataclass(kind):
-            values[field.name] = _build(kind, given, base, f"{name}.")  # type: ignore[arg-type]
+            values[entry.name] = _build(kind, given, base, f"{name}.")  # type: ignore[arg-type]
         elif get_origin(kind) is dict:
-            entries = {key.removeprefix(f"{name}."): given[key] for key in given if key.startswith(f"{name}.")}
-            values[field.name] = {**({} if base is MISSING else base), **entries}
+            items = {key.removeprefix(f"{name}."): given[key] for key in given if key.startswith(f"{name}.")}
+            values[entry.name] = {**({} if base is MISSING else base), **items}
         elif name in given or base is not MISSING:
-            values[field.name] = given.get(name, base)
+            values[entry.name] = given.get(name, base)
         else:
             raise _missing(name)
     try:
@@ -232,8 +346,8 @@ def _build(config: type[Config], given: Mapping[str, object], default: object = 
         raise ConfigError(f"{prefix}{error}") from error
 
 
-def _class_default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+def _class_default(entry: dataclasses.Field[Any]) -> Any:
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
 def _missing(name: str) -> ConfigError:
