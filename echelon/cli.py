@@ -38,7 +38,17 @@ also
 
 With --traceback, errors come with the place they were raised."""
 
-EXTRAS = {"plot": "matplotlib", "bench": "trl", "dev": "pytest"}
+EXTRAS = {
+    "plot": "matplotlib",
+    "data": "datasets",
+    "quantization": "bitsandbytes",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow-skinny",
+    "trackio": "trackio",
+    "bench": "trl",
+    "dev": "pytest",
+}
 """Extra → a distribution that is there when the extra is."""
 
 CORE = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
