@@ -26,7 +26,7 @@ LAYERS = (
 )
 """Lowest first; "" is `echelon/__init__.py`, which names everything for type checkers and imports nothing."""
 
-WITHOUT_TORCH = {"types", "errors", "seeds", "config", "envs", "cli", "__main__", ""}
+WITHOUT_TORCH = {"types", "errors", "seeds", "config", "envs", "sandbox", "cli", "__main__", ""}
 """Parts that must be importable before torch is."""
 
 IMPORT_NAME = {"pyyaml": "yaml"}
