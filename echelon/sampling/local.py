@@ -11,12 +11,15 @@ import asyncio
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from echelon.models import lora
+from echelon.models.lm import evaluating
 from echelon.ops.sampling import counter_uniform, draw, restrict_logits
 from echelon.sampling.cache import BLOCK, Cache, Resident, default_budget
 from echelon.sampling.plain import OneByOne, Unshared
@@ -62,7 +65,8 @@ class LocalSampler:
 
     `concurrency` bounds how many answers are written at once, `cache_tokens` how many tokens of conversations are
     kept (by default what fits a quarter of the memory): more requests wait, and when a new one needs room, the
-    conversations idle for longest are forgotten (and read again should they come back).
+    conversations idle for longest are forgotten (and read again should they come back). Of a module with several
+    adapters, `adapter` names the one that speaks here; without it, the one that speaks when a rollout begins.
     """
 
     def __init__(
@@ -73,8 +77,10 @@ class LocalSampler:
         concurrency: int = 256,
         cache_tokens: int | None = None,
         version: int = 0,
+        adapter: str = "",
     ) -> None:
         self.module = module
+        self.adapter = adapter
         self.tokenizer = tokenizer
         self.version = version
         self.concurrency = concurrency
@@ -106,7 +112,9 @@ class LocalSampler:
         """How the module is run: many conversations in one pass, or each alone if that does not give its own logits."""
         try:
             ragged = Ragged(self.module)
-            reason = "" if reads_like_the_model(ragged) else "it does not look its attention up by name"
+            with evaluating(self.module):
+                reads = reads_like_the_model(ragged)
+            reason = "" if reads else "it does not look its attention up by name"
         except Exception as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if not reason:
@@ -122,8 +130,13 @@ class LocalSampler:
         self._weights = self._fingerprint()
         self._cache = self._new_cache()
 
-    def _fingerprint(self) -> int:
-        return sum(parameter._version for parameter in self.module.parameters())
+    def _fingerprint(self) -> tuple[int, str]:
+        """Another one once weights have changed or another adapter speaks: keys and values are then void."""
+        versions = sum(parameter._version for parameter in self.module.parameters())
+        return versions, self.adapter or lora.speaking(self.module)
+
+    def _speaking(self) -> AbstractContextManager[None]:
+        return lora.use(self.module, self.adapter) if self.adapter else nullcontext()
 
     async def _run(self) -> None:
         """Serve until nothing is asked for. A failure goes to everybody who waits."""
@@ -133,7 +146,8 @@ class LocalSampler:
                 await asyncio.sleep(0)  # whoever just got an answer may ask the next question in the same batch
                 self._admit()
                 if self._running:
-                    self._step()
+                    with self._speaking():
+                        self._step()
         except BaseException as error:
             for request in (*self._waiting, *self._running):
                 if not request.done.done():
@@ -218,7 +232,11 @@ class LocalSampler:
         for request, token, logprob in zip(requests, drawn, logprobs, strict=True):
             request.tokens.append(token)
             request.logprobs.append(logprob)
-            reason = self._stops(request, token)
+            try:
+                reason = self._stops(request, token)
+            except Exception as error:  # the caller's own predicate: its request fails, the others go on
+                request.done.set_exception(error)
+                reason = "abort"
             if reason is not None or request.done.done():
                 self._answer(request, reason or "abort")
                 left.add(request)

@@ -3,8 +3,8 @@ wrote. Knows nothing of tasks or rewards: a function's name and JSON in, JSON ou
 
 On Linux the child has no files (Landlock), no network (namespace), no other processes, no system calls beyond those of
 a running interpreter (seccomp), limits on memory, output, processor time and time on the clock, an environment and a
-working directory with nothing in them. It does not protect against defects of the kernel or the interpreter, against side
-channels, or against a program that lies about its own result. Where the system lacks a wall (`walls`), what is left
+working directory with nothing in them. It does not protect against defects of the kernel or the interpreter, side
+channels, or a program that lies about its own result. Where the system lacks a wall (`walls`), what is left
 are limits and time-outs: there, run only programs you have read.
 """
 

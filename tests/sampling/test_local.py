@@ -273,6 +273,27 @@ def test_the_predicate_sees_the_text_and_ends_it() -> None:
     assert forced("a cat, a hat", stop_when=lambda text: text.count("a") == 3).text == "a cat, a"
 
 
+def test_a_predicate_that_raises_fails_its_own_request_alone() -> None:
+    module, tokenizer = small()
+    sampler = LocalSampler(module, tokenizer)
+
+    def broken(text: str) -> bool:
+        raise ZeroDivisionError("a predicate of the caller's")
+
+    params = [SamplingParams(max_tokens=6, seed=seed) for seed in range(3)]
+    params[1] = replace(params[1], stop_when=broken)
+
+    async def all_three() -> list[Completion | BaseException]:
+        asked = [sampler.sample(ids(5, seed), param) for seed, param in enumerate(params)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    first, second, third = asyncio.run(all_three())
+    assert isinstance(second, ZeroDivisionError)
+    for number, said in ((0, first), (2, third)):
+        assert isinstance(said, Completion)
+        assert said.tokens == plain_loop(module, ids(5, number), params[number])[0]
+
+
 class Broken:
     """Makes a model's forward pass fail in its n-th call from now, once."""
 
