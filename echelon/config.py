@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import itertools
 import math
 import operator
@@ -35,7 +36,7 @@ from typing import (
 import tyro
 import yaml
 
-from echelon.errors import ConfigError, did_you_mean
+from echelon.errors import ConfigError, did_you_mean, need
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -58,7 +59,7 @@ def demand(config: object, name: str, holds: bool, because: str) -> None:
 def require(config: object, *names: str) -> None:
     """Raise ConfigError for the first of these settings that is still empty, e.g. `require(self, "model.path")`."""
     for name in names:
-        if operator.attrgetter(name)(config) == "":
+        if operator.attrgetter(name)(config) in ("", ()):
             raise _missing(name)
 
 
@@ -78,6 +79,8 @@ class ModelConfig:
     """Keep only the inputs of layers while learning and compute the rest again: less memory, a third more time."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Hold the weights in fewer bits, frozen, for an adapter to learn on (QLoRA, arXiv 2305.14314). Needs a GPU."""
 
     def __post_init__(self) -> None:
         demand(self, "device", self.device != "", "a model has to live somewhere. Give cpu, cuda or auto.")
@@ -85,12 +88,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """An optimizer and its schedule."""
 
+    name: Literal["adamw", "adafactor", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """The optimizer. adafactor keeps sums of rows and columns only, and no betas; those with bits or pages come from
+    bitsandbytes and need a GPU: their state takes a quarter of the memory, or moves out when there is none left."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
+    decay: Literal["all", "matrices"] = "all"
+    """What decays: all weights, or all but biases and the scales of norms."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running mean of the gradient, and of its square."""
     eps: float = 1e-8
@@ -101,6 +109,8 @@ class OptimConfig:
     """How the learning rate moves from its peak to its final value, after warming up."""
     warmup_steps: int = 0
     """Steps during which the learning rate rises linearly from zero."""
+    warmup_fraction: float = 0.0
+    """The same as a part of all steps, in place of warmup_steps."""
     final_lr_fraction: float = 0.0
     """Where a decaying schedule ends, as a part of the peak."""
 
@@ -118,6 +128,9 @@ class OptimConfig:
             self, "max_grad_norm", self.max_grad_norm >= 0, "a norm is not negative. Give 0 to leave gradients alone."
         )
         demand(self, "warmup_steps", self.warmup_steps >= 0, "steps are counted from 0. Give 0 to start at the peak.")
+        demand(self, "warmup_fraction", 0 <= self.warmup_fraction <= 1, "it is a part of the steps. Give 0 to 1.")
+        once = not (self.warmup_steps and self.warmup_fraction)
+        demand(self, "warmup_fraction", once, "warmup_steps says how long it takes too. Keep one of the two.")
         demand(self, "final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "it is a part of lr. Give 0 to 1.")
 
 
@@ -227,6 +240,13 @@ class LogConfig:
     """Project (experiment) under which trackers file the run."""
     name: str = ""
     """What trackers call the run; empty is the name of the run directory."""
+
+    def __post_init__(self) -> None:
+        demand(self, "to", len(set(self.to)) == len(self.to), "a tracker gets every row once. Name it once.")
+        demand(self, "project", self.project != "", "trackers file runs under a name. Leave it out for echelon.")
+        for tracker in self.to:  # here, before anything is written; each library is imported when the log opens
+            if importlib.util.find_spec(tracker) is None:
+                need(tracker, tracker)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,6 +76,8 @@ class Turn:
     """Names the random stream it was drawn from; its answers derive theirs from it."""
     starts: tuple[int, ...] = ()
     """Where this role's earlier actions begin in the prompt: the places at which an over-long prompt is cut."""
+    heard: Sequence[Message] = ()
+    """What was said to this role since it last spoke on this branch: the messages behind the new part of the prompt."""
 
 
 @dataclass(slots=True)
@@ -93,6 +95,8 @@ class Episode:
     """Tokens of the state after the last turn: what a truncated episode bootstraps from."""
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """`Task.data`: what reward functions read besides the words."""
 
     def of(self, role: str) -> list[Turn]:
         """The turns of one role, in the order they were taken."""
@@ -110,6 +114,13 @@ class Episode:
             path.append(turn)
             turn = None if turn.parent is None else self.turns[turn.parent]
         return path[::-1]
+
+    def conversation(self, turn: Turn) -> list[Message]:
+        """The prompt of `turn` as messages: what its role had heard and said on its branch before it."""
+        messages: list[Message] = []
+        for own in (other for other in self.path(turn) if other.role == turn.role):
+            messages += [*own.heard] if own is turn else [*own.heard, Message(role="assistant", content=own.text)]
+        return messages
 
     def value(self, turn: Turn) -> float:
         """What followed from a turn: its own reward plus the mean value of its children (the return, in a chain)."""

@@ -161,7 +161,7 @@ def config_of(recipe: str) -> Any:
 
 def defaults(recipe: str) -> Any:
     """The settings of a recipe to which only what has no default was given."""
-    needed = {"--out": "x", "--env": "x", "--model.path": "x", "--data": "x"}
+    needed = {"--out": "x", "--env": "x", "--model.path": "x", "--data.path": "x"}
     known = _settings(config_of(recipe))
     return load(
         config_of(recipe), [], [word for flag in needed.items() if flag[0][2:] in known for word in map(str, flag)]

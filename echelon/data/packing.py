@@ -65,13 +65,15 @@ class Batch:
     logprobs: Float[Tensor, "B T"] | None = None
     """Under the distribution the tokens were sampled from."""
     advantages: Float[Tensor, "B T"] | None = None
+    weights: Float[Tensor, "B T"] | None = None
+    """What each token counts in losses that are not a multiple of its advantage (that has its weight in it)."""
     ref_logprobs: Float[Tensor, "B T"] | None = None
     values: Float[Tensor, "B T"] | None = None
     returns: Float[Tensor, "B T"] | None = None
     positions: Int[Tensor, "B T"] | None = None
-    """Place of each token in its own sequence, where that is not its column."""
+    """Place of each token in its own sequence, where that is not its column; a sequence begins at every 0."""
     visible: Bool[Tensor, "B T T"] | None = None
-    """Which tokens (last axis) each token may see, where that is not all before it."""
+    """Which tokens (last axis) each token may see, where that is not all before it in its own sequence."""
 
     def spread(self, x_N: Float[Tensor, "N"]) -> Float[Tensor, "B T"]:
         """One number per turn, given to each of its tokens; zero elsewhere."""
@@ -130,6 +132,17 @@ class Batch:
         if self.visible is not None:
             taken["visible"] = self.visible[rows, :width, :width]
         return replace(self, **taken)
+
+    def sees(self) -> Bool[Tensor, "B T T"] | None:
+        """Which tokens (last axis) each token may see; None in plain rows, where that is all before it.
+
+        Where only positions are given, sequences lie end to end: a token sees itself and what is before it in its own.
+        """
+        if self.visible is not None or self.positions is None:
+            return self.visible
+        sequence_BT = (self.positions == 0).cumsum(-1)  # padding, all at position 0, sees itself alone
+        same = sequence_BT[:, :, None] == sequence_BT[:, None, :]
+        return same & torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -243,6 +256,31 @@ def pack_branches(turns: Sequence[Said]) -> Batch:
         visible[row, start:stop, state + 1 :] = False
         visible[row, start:stop, start:stop] = torch.ones(stop - start, stop - start).tril().bool()
     return replace(batch, positions=positions, visible=visible | torch.eye(len(columns), dtype=torch.bool))
+
+
+def pack_documents(turns: Sequence[Said], *, max_tokens: int) -> Batch:
+    """`pack`, its rows then laid into fewer and longer ones of at most `max_tokens`: first fit, longest first.
+
+    A token sees its own document only (`Batch.sees`), so losses and gradients are those of `pack`; what changes is how
+    much is padding. A document longer than `max_tokens` has a row of its own.
+    """
+    documents, inside = lay_out([(turn.prompt, turn.action) for turn in turns])
+    rows: list[list[int]] = []
+    places: list[list[int]] = []
+    home: dict[int, tuple[int, int]] = {}
+    for number in sorted(range(len(documents)), key=lambda number: (-len(documents[number]), number)):
+        document = documents[number]
+        free = (row for row, ids in enumerate(rows) if len(ids) + len(document) <= max_tokens)
+        row = next(free, len(rows))
+        if row == len(rows):
+            rows.append([])
+            places.append([])
+        home[number] = row, len(rows[row])
+        rows[row] += document
+        places[row] += range(len(document))
+    placed = [(*home[number], start) for number, start in inside]
+    batch = _filled(turns, rows, [(row, offset + start - 1, offset + start) for row, offset, start in placed])
+    return replace(batch, positions=pad(places)[0])
 
 
 def pack_siblings(turns: Sequence[Said]) -> Batch:

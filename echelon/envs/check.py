@@ -111,7 +111,7 @@ class _Check:
             elif turn == len(texts):
                 return returned
             step = await self._call(f"step({_short(texts[turn])})", env.step, texts[turn])
-            self._step(step)
+            self._step(step, goes_on=hasattr(env, "stop_when"))
             heard += step.messages
             returned.append((list(step.messages), step.reward, step.terminated, step.truncated, dict(step.info)))
             if step.terminated or step.truncated:
@@ -125,16 +125,17 @@ class _Check:
         with _raises_nothing(self._spec, call):
             return await settle(method(*arguments))
 
-    def _step(self, step: Any) -> None:
+    def _step(self, step: Any, *, goes_on: bool) -> None:
         self._rule(isinstance(step, Step), f"step() returned {_short(step)}. It must return an echelon.types.Step.")
         self._messages("step()", step.messages)
         ended = step.terminated or step.truncated
         self._rule(
-            bool(step.messages) or ended,
-            "step() returned no message though the episode goes on. The actor needs something to answer.",
+            bool(step.messages) or ended or goes_on,
+            "step() returned no message though the episode goes on. The actor needs something to answer, unless the "
+            "environment says with stop_when() where one utterance of a message ends.",
         )
         self._rule(
-            ended or step.messages[-1]["role"] != "assistant",
+            ended or not step.messages or step.messages[-1]["role"] != "assistant",
             "step() ends with an assistant message. It is the actor's turn: end with another role.",
         )
         number = isinstance(step.reward, Real) and math.isfinite(step.reward)

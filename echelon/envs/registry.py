@@ -26,7 +26,7 @@ BUILT_IN = {
     "twenty_questions": "echelon.envs.twenty_questions:TwentyQuestions",
 }
 
-_OWN = "path/to/file.py:ClassName or package.module:ClassName"
+_OWN = "path/to/file.py:ClassName, package.module:ClassName or tasks.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +49,25 @@ class EnvSpec:
         return env
 
 
-def load_env(name: str, settings: Mapping[str, Any] | None = None) -> EnvSpec:
-    """Find an environment: a built-in name, `path/to/file.py:ClassName` or `package.module:ClassName`.
+def load_env(name: str, settings: Mapping[str, Any] | None = None, *, trust_code: bool = False) -> EnvSpec:
+    """Find an environment: a built-in name, `path/to/file.py:ClassName`, `package.module:ClassName`, or a file of tasks
+    (`tasks.yaml`), whose Python runs only with `trust_code`.
 
     Raises ConfigError for an unknown name or setting, DataError for a file, module or class that cannot be used.
     """
+    if name.endswith((".yaml", ".yml")):
+        from echelon.envs.tasks_yaml import yaml_env
+
+        if settings:
+            raise ConfigError(f"{name} has no setting '{min(settings)}': a file of tasks says it all. Change the file.")
+        return yaml_env(name, trust_code=trust_code)
     where, colon, class_name = BUILT_IN.get(name, name).rpartition(":")
     if not colon or not where or not class_name:
         built_in = ", ".join(BUILT_IN)
         raise ConfigError(
             f"There is no environment '{name}'.{did_you_mean(name, BUILT_IN)} Built in: {built_in}. Your own: {_OWN}."
         )
-    module = _import_file(name, Path(where)) if where.endswith(".py") else _import_module(name, where)
+    module = import_code(name, where)
     cls = getattr(module, class_name, None)
     if cls is None:
         classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
@@ -137,11 +144,19 @@ def _settings_of(function: Callable[..., Any], *, skip: int) -> _Settings:
     return _Settings(types, required, others=any(p.kind is p.VAR_KEYWORD for p in parameters))
 
 
+def import_code(name: str, where: str) -> ModuleType:
+    """The module that `where` is: a path to a .py file, or the name of an importable module.
+
+    Raises DataError, with `name` in front, for a file that is not there and for code that does not import.
+    """
+    return _import_file(name, Path(where)) if where.endswith(".py") else _import_module(name, where)
+
+
 def _import_file(name: str, path: Path) -> ModuleType:
     path = path.expanduser().resolve()
     if not path.is_file():
         raise DataError(f"{name}: there is no file {path}.")
-    module_name = f"echelon_env_{path.stem}"
+    module_name = f"echelon_own_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None

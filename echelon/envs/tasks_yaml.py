@@ -221,25 +221,25 @@ def _items(path: Path, tree: Mapping[Any, Any]) -> list[Mapping[str, Any]]:
 def _predicate(path: Path, name: str, tree: Mapping[Any, Any], trust_code: bool) -> Predicate:
     given = tree.get(name)
     if not isinstance(given, str) or not given.strip():
-        raise DataError(f"{path}: {name} is missing. Name one of {_known()}, or write a Python function.")
-    if "def " in given or "lambda" in given or "\n" in given.strip():
-        return _python(path, name, given, trust_code)
+        raise DataError(f"{path}: {name} is missing. {_known()}, or write a Python function.")
     kind, _, argument = given.strip().partition(":")
+    if kind.strip() not in (*BUILT_IN, "regex") and ("def " in given or "\n" in given.strip()):
+        return _python(path, name, given, trust_code)
     if kind == "regex":
         return _regex(path, name, argument)
     if kind not in BUILT_IN:
         raise DataError(f"{path}: {name}: there is no predicate '{kind}'.{did_you_mean(kind, BUILT_IN)} {_known()}.")
+    if kind == "contains_after" and not argument:
+        raise DataError(f"{path}: {name}: contains_after what? Write contains_after:text.")
     try:
         BUILT_IN[kind](argument, Context("", "1", "1"))
     except ValueError:
         raise DataError(f"{path}: {name}: '{argument}' after '{kind}:' is not a number.") from None
-    if kind == "contains_after" and not argument:
-        raise DataError(f"{path}: {name}: contains_after what? Write contains_after:text.")
     return partial(BUILT_IN[kind], argument)
 
 
 def _known() -> str:
-    return f"There are: {', '.join(sorted([*BUILT_IN, 'regex']))}"
+    return f"Predicates are {', '.join(sorted([*BUILT_IN, 'regex']))}"
 
 
 def _regex(path: Path, name: str, pattern: str) -> Predicate:

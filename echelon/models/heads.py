@@ -34,9 +34,25 @@ class TokenValue(nn.Module):
 
     @classmethod
     def from_lm(cls, lm: nn.Module) -> TokenValue:
-        """A value model whose body starts as a copy of the language model's."""
-        body = copy.deepcopy(backbone(lm))
+        """A value model whose body starts as a copy of the language model's. Of one with an adapter, the adapter's copy
+        and the scalar learn."""
+        body = copy_of_body(lm)
         return cls(body, hidden_size(lm)).to(next(body.parameters()).device)
+
+    @classmethod
+    @torch.no_grad()
+    def from_scorer(cls, scorer: Any) -> TokenValue:
+        """A value model that starts as a reward model (a sequence classifier with one label): its body and its head.
+
+        What that model would score if the text ended after each token is the first guess of what will be earned. A head
+        that says nothing yet, of a reward model that has not learned, stays one.
+        """
+        inner = scorer.get_base_model() if hasattr(scorer, "peft_config") else scorer
+        critic = cls(inner.base_model, hidden_size(inner))
+        critic.head.weight.copy_(inner.score.weight)
+        if inner.score.bias is not None:
+            critic.head.bias.copy_(inner.score.bias)
+        return critic.to(inner.score.weight.device)
 
     @torch.no_grad()
     def start_at(self, value: float) -> None:
@@ -106,8 +122,8 @@ class UtteranceCritic(nn.Module):
         Raises DataError for a model that cannot judge several actions that branch off one row.
         """
         check_masks(lm)
-        body = backbone(lm)
-        critic = cls(body if shared_body else copy.deepcopy(body), hidden_size(lm), shared_body=shared_body)
+        body = backbone(lm) if shared_body else copy_of_body(lm)
+        critic = cls(body, hidden_size(lm), shared_body=shared_body)
         return critic.to(next(body.parameters()).device)
 
     @torch.no_grad()
@@ -153,6 +169,18 @@ def _span_means(hidden: Float[Tensor, "B T H"], at: Spans) -> Float[Tensor, "N H
     column = at.first[owner] + torch.arange(len(owner), device=hidden.device) - begins[owner]
     sums = hidden.new_zeros(len(lengths), hidden.shape[-1]).index_add(0, owner, hidden[at.row[owner], column])
     return sums / lengths[:, None]
+
+
+def copy_of_body(lm: nn.Module) -> nn.Module:
+    """The decoder of a language model as a module of its own, an adapter on it included; in a copy nothing is dropped.
+
+    What is frozen below an adapter is frozen in the copy: there, too, only the adapter learns.
+    """
+    body = copy.deepcopy(backbone(lm))
+    for part in body.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    return body
 
 
 def hidden_size(lm: nn.Module) -> int:

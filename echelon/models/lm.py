@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from echelon.errors import DataError
+from echelon.errors import DataError, need
+from echelon.models import lora
 from echelon.ops.vocabulary import linear_scores
 
 if TYPE_CHECKING:
@@ -33,10 +34,15 @@ TINY_CHAT_TEMPLATE = (
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model folder or hub id. It must have a chat template; a padding token is not needed."""
+    """The tokenizer of a model folder or hub id. It must have a chat template; a padding token is not needed.
+
+    An adapter that was saved without one has that of the model it was made for.
+    """
     from transformers import AutoTokenizer
 
     _check_folder(path)
+    if Path(path).is_dir() and lora.is_adapter(path) and not list(Path(path).glob("tokenizer*")):
+        return load_tokenizer(lora.base_path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
@@ -55,16 +61,57 @@ def load_lm(
     device: str = "auto",
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
+    quantization: str = "none",
 ) -> nn.Module:
     """A causal language model ready to sample and train: dropout off, so that both see the same distribution.
 
-    With `gradient_checkpointing` each layer keeps its input only and is computed again for the gradient, in training
-    mode (`module.train()`).
+    Of an adapter's folder it is the model that the adapter was made for, frozen, with the adapter, which goes on
+    learning. With `gradient_checkpointing` each layer keeps its input only and is computed again for the gradient, in
+    training mode (`module.train()`).
     """
+    _check_folder(path)
+    if lora.is_adapter(path):
+        return _load_adapted(
+            path,
+            dtype=dtype,
+            attention=attention,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            gradient_checkpointing=gradient_checkpointing,
+            quantization=quantization,
+        )
+    module = _load_whole(
+        path, dtype=dtype, attention=attention, device=device, trust_remote_code=trust_remote_code, bits=quantization
+    )
+    if lays_end_to_end(module):
+        check_end_to_end(module)
+    if gradient_checkpointing:
+        _enable_checkpointing(module)
+    return module
+
+
+def _load_adapted(path: str, **settings: Any) -> nn.Module:
+    """An adapter on the model it was made for. An adapter below it is folded into that model."""
+    if lora.task_of(path) == "SEQ_CLS":
+        raise DataError(f"'{path}' is the adapter of a reward model, which writes nothing. Give one of a policy.")
+    below = lora.base_path(path)
+    try:
+        module = load_lm(below, **settings)
+    except DataError as error:
+        raise DataError(f"'{path}' is an adapter of the model '{below}': {error}") from error
+    module = lora.fold(module, below)
+    adapted: nn.Module = lora.load(module, path)
+    return adapted
+
+
+def _load_whole(
+    path: str, *, dtype: str, attention: str, device: str, trust_remote_code: bool, bits: str
+) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    _check_folder(path)
+    place = pick_device(device)
+    packed = quantized(bits, dtype, place)
     logging.disable_progress_bar()  # one bar is enough: the run's own
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -75,6 +122,7 @@ def load_lm(
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
+            **packed,
         )
     except Exception as error:
         raise DataError(
@@ -82,12 +130,35 @@ def load_lm(
             "It must be a Hugging Face folder with config.json and weights."
         ) from error
     module: nn.Module = model
-    module.to(pick_device(device)).train()
-    if lays_end_to_end(module):
-        check_end_to_end(module)
-    if gradient_checkpointing:
-        _enable_checkpointing(module)
-    return module
+    if not packed:
+        module.to(place)
+    return module.train()
+
+
+def quantized(bits: str, dtype: str, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` takes to hold the weights in 8 or 4 bits, nothing for none.
+
+    Raises MissingExtra without bitsandbytes, and DataError without a GPU.
+    """
+    if bits == "none":
+        return {}
+    need("bitsandbytes", "quantization")
+    if device.type != "cuda":
+        raise DataError(
+            f"model.quantization = {bits}: it needs an NVIDIA or AMD GPU, and the model is on {device}. Leave it out."
+        )
+    from transformers import BitsAndBytesConfig
+
+    if bits == "8bit":
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        how = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    return {"quantization_config": how, "device_map": {"": device}}
 
 
 def tiny(
@@ -194,11 +265,12 @@ class AttentionForm:
 
 
 def attention_inputs(module: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Positions and mask of rows with branches, as the model takes them; nothing for plain rows."""
-    if batch.visible is None or batch.positions is None:
+    """Positions and mask of rows with branches or many documents, as the model takes them; nothing for plain rows."""
+    visible = batch.sees()
+    if visible is None or batch.positions is None:
         return {}
     distance = batch.positions[:, None, :, None] - batch.positions[:, None, None, :]
-    mask = AttentionForm(module)(batch.visible[:, None], distance, next(module.parameters()).dtype)
+    mask = AttentionForm(module)(visible[:, None], distance, next(module.parameters()).dtype)
     return {"position_ids": batch.positions, "attention_mask": mask}
 
 
@@ -262,24 +334,19 @@ def check_masks(module: nn.Module) -> None:
 
     Two continuations of one prompt must score the same side by side in one row as each in a row of its own.
     """
-    weight = next(module.parameters())
-    with weight.device:
-        tokens, position = torch.arange(8), torch.tensor([0, 1, 2, 3, 4, 5, 4, 5])
-        branch = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
-        visible = ((branch == 0) | (branch == branch[:, None])) & torch.ones(8, 8, dtype=torch.bool).tril()
-    mask = AttentionForm(module)(visible[None, None], (position[:, None] - position)[None, None], weight.dtype)
-    alone = [module(input_ids=tokens[None, branch != other], use_cache=False).logits[0, 4:] for other in (2, 1)]
-    expected = torch.cat(alone).float()
+    with evaluating(module):
+        _check_masks(module)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within, nothing is dropped (adapters may drop some of their inputs while learning) and nothing checkpointed."""
+    training = module.training
+    module.eval()
     try:
-        both = module(input_ids=tokens[None], position_ids=position[None], attention_mask=mask, use_cache=False)
-        error, reason = (both.logits[0, 4:].float() - expected).abs().mean() / expected.std(), "it ignores them"
-    except (TypeError, ValueError, RuntimeError) as refusal:
-        error, reason = torch.tensor(torch.inf), _first_line(refusal).rstrip(".")
-    if not error < (1e-3 if weight.dtype == torch.float32 else 0.03):
-        raise DataError(
-            f"{type(module).__name__} cannot be told by masks and positions which tokens see which ({reason}), so "
-            "actions cannot branch off one row. Use another architecture, or attention = sdpa or eager."
-        )
+        yield
+    finally:
+        module.train(training)
 
 
 def shares_prompts(module: nn.Module) -> bool:
@@ -324,6 +391,27 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def _check_masks(module: nn.Module) -> None:
+    weight = next(module.parameters())
+    with weight.device:
+        tokens, position = torch.arange(8), torch.tensor([0, 1, 2, 3, 4, 5, 4, 5])
+        branch = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+        visible = ((branch == 0) | (branch == branch[:, None])) & torch.ones(8, 8, dtype=torch.bool).tril()
+    mask = AttentionForm(module)(visible[None, None], (position[:, None] - position)[None, None], weight.dtype)
+    alone = [module(input_ids=tokens[None, branch != other], use_cache=False).logits[0, 4:] for other in (2, 1)]
+    expected = torch.cat(alone).float()
+    try:
+        both = module(input_ids=tokens[None], position_ids=position[None], attention_mask=mask, use_cache=False)
+        error, reason = (both.logits[0, 4:].float() - expected).abs().mean() / expected.std(), "it ignores them"
+    except (TypeError, ValueError, RuntimeError) as refusal:
+        error, reason = torch.tensor(torch.inf), _first_line(refusal).rstrip(".")
+    if not error < (1e-3 if weight.dtype == torch.float32 else 0.03):
+        raise DataError(
+            f"{type(module).__name__} cannot be told by masks and positions which tokens see which ({reason}), so "
+            "actions cannot branch off one row. Use another architecture, or attention = sdpa or eager."
+        )
+
+
 def _before_sampled(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Hidden states that predict the sampled tokens, and those tokens: the only shift by one there is."""
     found: list[Tensor] = []
@@ -357,8 +445,9 @@ def _scores(
     module: nn.Module, hidden_MH: Tensor, targets_M: Tensor, temperature: float, *, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """log π of the targets, and the entropy if it is wanted."""
-    head = output_head(module)
-    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+    outer = output_head(module)
+    head = lora.spoken_through(outer)
+    if type(head) is not nn.Linear or any(part._forward_hooks or part._forward_pre_hooks for part in (outer, head)):
         return _scores_of_any_head(module, hidden_MH, targets_M, temperature)
     scale, cap = _after_head(module)
     return linear_scores(
@@ -441,7 +530,7 @@ def _check_folder(path: str) -> None:
     if not path:
         raise DataError("model.path is empty: give a Hugging Face model folder or hub id, e.g. --model.path runs/tiny.")
     folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not ((folder / "config.json").is_file() or (folder / lora.CONFIG).is_file()):
         raise DataError(f"'{path}' is a folder without config.json, so it is not a Hugging Face model folder.")
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise DataError(f"model.path = {path}: there is no such folder.")

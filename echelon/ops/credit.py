@@ -100,16 +100,16 @@ def group_baseline(
     rewards_N: Float[Tensor, "N"],
     keys: Sequence[Hashable],
     *,
-    scale: Literal["none", "std"] = "none",
+    scale: Literal["none", "std", "batch_std"] = "none",
     leave_one_out: bool = False,
     eps: float = 1e-6,
 ) -> Float[Tensor, "N"]:
     """Reward minus the mean of its comparison group. Choosing the key chooses the algorithm.
 
-    Items with equal keys form a group. The task as key is GRPO (`scale="std"`, unbiased, plus `eps`) or Dr. GRPO
-    (`scale="none"`); with `leave_one_out` the mean is that of the *other* members, RLOO; one key for everything with
-    `scale="std"` is the whitening of REINFORCE++; the parent turn as key compares answers to the same state. A group of
-    one has nothing to compare with: it is its own mean, and gets 0.
+    Items with equal keys form a group. The task as key is GRPO (`scale="std"`, unbiased, plus `eps`), Dr. GRPO
+    (`scale="none"`) or Lite PPO (`scale="batch_std"`, the deviation of all rewards); with `leave_one_out` the mean is
+    that of the *other* members, RLOO; one key for everything compares with the whole batch; the parent turn as key
+    compares answers to the same state. A group of one has nothing to compare with: it is its own mean, and gets 0.
 
     Three traps, computed exactly in tests/ops/test_exact_gradient.py. The plain mean contains the item itself, so the
     expected gradient is (G−1)/G of the true one. Subtracting the mean reward of a turn *index*, then summing to go, is
@@ -117,7 +117,7 @@ def group_baseline(
     groups form by coincidence (siblings that happened to get that far), each turn is weighted by the chance of company.
 
     GRPO https://arxiv.org/abs/2402.03300, Dr. GRPO https://arxiv.org/abs/2503.20783, RLOO https://arxiv.org/abs/2402.14740,
-    REINFORCE++ https://arxiv.org/abs/2501.03262
+    Lite PPO https://arxiv.org/abs/2508.08221
     """
     group_N, groups = _groups(rewards_N, keys)
     rewards = rewards_N.double()  # equal rewards must leave exactly nothing for the division by eps to enlarge
@@ -129,6 +129,8 @@ def group_baseline(
         advantages = advantages * (count / others)[group_N]
     if scale == "std":
         advantages = advantages / (spread[group_N] + eps)
+    elif scale == "batch_std" and len(rewards) > 1:
+        advantages = advantages / (rewards.std() + eps)
     return advantages.to(rewards_N.dtype)
 
 
@@ -142,6 +144,16 @@ def zero_variance_groups(rewards_N: Float[Tensor, "N"], keys: Sequence[Hashable]
     low = empty.scatter_reduce(0, group_N, rewards_N, "amin", include_self=False)
     high = empty.scatter_reduce(0, group_N, rewards_N, "amax", include_self=False)
     return int((low == high).sum())
+
+
+def overlong_penalty(lengths_N: Int[Tensor, "N"], *, longest: int, cache: int) -> Float[Tensor, "N"]:
+    """How far a completion has come into the last `cache` of `longest` tokens: 0 before them, 1 at the end and beyond.
+
+    DAPO subtracts it from the reward, so that an answer is not first fine and then, one token later, cut off and wrong.
+    https://arxiv.org/abs/2503.14476, equation 13
+    """
+    assert 0 < cache <= longest, f"the last {cache} of {longest} tokens"
+    return ((lengths_N - (longest - cache)) / cache).clamp(0, 1)
 
 
 def _suffix_sums(x: Float[Tensor, "*chains T"], decay: float) -> Float[Tensor, "*chains T"]:

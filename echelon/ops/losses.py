@@ -9,7 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from echelon.errors import DataError
@@ -94,20 +94,100 @@ def clipped_surrogate(
     PPO https://arxiv.org/abs/1707.06347, dual clip https://arxiv.org/abs/1912.09729
     """
     logprobs, old_logprobs, advantages = _ready(mask, logprobs, old_logprobs, advantages)
-    advantages = advantages.detach()
-    log_ratio = (logprobs - old_logprobs.detach()).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-    ratio = log_ratio.exp()
+    log_ratio = _log_ratio(logprobs, old_logprobs)
+    loss, clipped = _pessimistic(log_ratio.exp(), advantages.detach(), low, high, dual)
+    return loss, _ratio_stats(log_ratio, clipped)
 
+
+def cispo(
+    logprobs: Float[Tensor, "*shape"],
+    old_logprobs: Float[Tensor, "*shape"],
+    advantages: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"] | None = None,
+    *,
+    low: float = 1.0,
+    high: float = 4.0,
+) -> tuple[Float[Tensor, "*shape"], dict[str, Float[Tensor, "*shape"]]]:
+    """−w·A·log π with the importance weight w = clip(ρ, 1−low, 1+high) held constant, and what to watch, per token.
+
+    The bound is on the weight, not on the gradient: a token whose ratio lies outside goes on teaching, with the weight
+    of the bound. `low` 1 leaves small ratios as they are. Statistics as in `clipped_surrogate`; `clipped` is 1 where
+    the weight is not the ratio.
+
+    MiniMax-M1 https://arxiv.org/abs/2506.13585
+    """
+    logprobs, old_logprobs, advantages = _ready(mask, logprobs, old_logprobs, advantages)
+    log_ratio = _log_ratio(logprobs, old_logprobs)
+    ratio = log_ratio.exp().detach()
+    weight = ratio.clamp(1 - low, 1 + high)
+    return -weight * advantages.detach() * logprobs, _ratio_stats(log_ratio, weight != ratio)
+
+
+def gspo(
+    logprobs_BT: Float[Tensor, "B T"],
+    old_logprobs_BT: Float[Tensor, "B T"],
+    advantages_BT: Float[Tensor, "B T"],
+    mask_BT: Bool[Tensor, "B T"],
+    sequence_BT: Int[Tensor, "B T"],
+    *,
+    low: float = 3e-4,
+    high: float = 4e-4,
+    dual: float | None = None,
+) -> tuple[Float[Tensor, "B T"], dict[str, Float[Tensor, "B T"]]]:
+    """`clipped_surrogate` in which every token has the ratio of its sequence, s = (π(y)/π_old(y))^(1/|y|).
+
+    `sequence_BT` says which sequence a token belongs to; what it says outside the mask is not read. s is close to 1, so
+    its bounds are narrow. The gradient of s reaches a token through its own log-probability: GSPO-token. The mean over
+    a sequence has the value of −min(sA, clip(s)A) and, if the advantages in it are equal, its gradient: GSPO. The
+    statistics `ratio` and `clipped` are of s, `kl` is of the tokens.
+
+    https://arxiv.org/abs/2507.18071
+    """
+    logprobs, old, advantages = _ready(mask_BT, logprobs_BT, old_logprobs_BT, advantages_BT)
+    token_log_ratio = _log_ratio(logprobs, old)
+    of_sequence = sequence_means(token_log_ratio.detach(), mask_BT, sequence_BT)
+    log_ratio = of_sequence + logprobs - logprobs.detach()
+    loss, clipped = _pessimistic(log_ratio.exp(), advantages.detach(), low, high, dual)
+    return loss, _ratio_stats(log_ratio, clipped) | {"kl": _k3(token_log_ratio)}
+
+
+def sequence_means(
+    x_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"], sequence_BT: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """The mean of each sequence over its masked tokens, given back to each of them; 0 outside the mask."""
+    sequence_M = sequence_BT[mask_BT]
+    sums = x_BT.new_zeros(int(sequence_M.max()) + 1 if len(sequence_M) else 0)
+    means = sums.index_add(0, sequence_M, x_BT[mask_BT]) / sums.index_add(0, sequence_M, torch.ones_like(x_BT[mask_BT]))
+    return torch.zeros_like(x_BT).index_put((mask_BT,), means[sequence_M])
+
+
+def _log_ratio(logprobs: Float[Tensor, "*shape"], old_logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    return (logprobs - old_logprobs.detach()).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+
+
+def _pessimistic(
+    ratio: Float[Tensor, "*shape"], advantages: Float[Tensor, "*shape"], low: float, high: float, dual: float | None
+) -> tuple[Float[Tensor, "*shape"], Bool[Tensor, "*shape"]]:
+    """The larger of the free and the clipped loss, a negative advantage's bounded; where a bound took the gradient."""
     free, bounded = -ratio * advantages, -ratio.clamp(1 - low, 1 + high) * advantages
     loss, clipped = torch.maximum(free, bounded), bounded > free
     if dual is not None:
         ceiling = -dual * advantages
         excessive = (advantages < 0) & (loss > ceiling)
         loss, clipped = torch.where(excessive, ceiling, loss), clipped | excessive
+    return loss, clipped
 
-    kl = torch.expm1(log_ratio) - log_ratio
-    stats = {"ratio": ratio, "ratio/max": ratio, "clipped": clipped.to(ratio.dtype), "kl": kl}
-    return loss, {name: stat.detach() for name, stat in stats.items()}
+
+def _ratio_stats(
+    log_ratio: Float[Tensor, "*shape"], clipped: Bool[Tensor, "*shape"]
+) -> dict[str, Float[Tensor, "*shape"]]:
+    ratio = log_ratio.detach().exp()
+    return {"ratio": ratio, "ratio/max": ratio, "clipped": clipped.to(ratio.dtype), "kl": _k3(log_ratio)}
+
+
+def _k3(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """ρ − 1 − log ρ: a k3 estimate of KL(π_old‖π), as a number to watch."""
+    return torch.expm1(log_ratio.detach()) - log_ratio.detach()
 
 
 def awr(

@@ -23,7 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from echelon.config import ModelConfig, OptimConfig, RunConfig, SamplingConfig, Settings, demand, require, to_yaml
+from echelon.config import (
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SamplingConfig,
+    Settings,
+    demand,
+    require,
+    to_yaml,
+)
 from echelon.data.packing import Batch, CriticBatch, Said, pack, pack_branches, pack_transitions
 from echelon.data.replay import Replay, Transition, transitions
 from echelon.errors import DataError
@@ -50,6 +60,8 @@ class Config(RunConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The actor: a model folder, a run directory or a hub id."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapter of the actor. A critic with a body of its own then has its own adapter on its own copy."""
     env: str
     """The environment: a built-in name, path.py:Class or module:Class."""
     env_settings: Settings = field(default_factory=dict)
@@ -132,7 +144,7 @@ class Config(RunConfig):
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, metrics.jsonl and episodes.jsonl."""
     env = open_env(cfg.env, cfg.env_settings)
-    actor = open_actor(cfg.model, cfg.sampling)
+    actor = open_actor(cfg.model, cfg.sampling, lora=cfg.lora)
     set_threads(cfg.threads, actor.module)
     check_masks(actor.module)
     updates = max(0, cfg.steps - cfg.warmup_steps) * cfg.policy.epochs * cfg.policy.minibatches
@@ -201,7 +213,7 @@ def open_critic(cfg: Config, actor: Actor) -> UtteranceCritic:
                 "tokens. Use a model with the same tokenizer, or leave critic_path empty."
             )
         model = replace(cfg.model, path=cfg.critic_path)
-        base = open_actor(model, cfg.sampling).module
+        base = open_actor(model, cfg.sampling, lora=cfg.lora).module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(cfg.seed, "critic"))
         return UtteranceCritic.from_lm(base, shared_body=cfg.critic_body == "actor")

@@ -4,14 +4,18 @@ Schulman et al., "Proximal Policy Optimization", arXiv 1707.06347, over whole mu
 arrives at its last token; generalised advantage estimation runs over the tokens the policy sampled, in all turns of an
 episode, as if the words of the environment between them were not there. The flat baseline of the hierarchical recipes.
 
-Deviations from what is usual for language models: KL to the starting policy is a loss, not part of the reward; a
-truncated episode bootstraps from the value of the state it was cut off in; before its first update the value model
-is shifted to the mean return of the first batch.
+What one-turn RLHF expects is a matter of settings: prompts and reward models in place of an environment, KL to the
+starting policy in the reward (shaping.kl_coef, adapted to shaping.kl_target), rewards normalised, bounded and whitened,
+a value model that starts as a reward model (value_path), a pretraining loss (ptx), an average of the weights.
+
+Deviations from what is usual for language models: unless settings say so, no KL; a truncated episode bootstraps from
+the value of the state it was cut off in; before its first update a value model that knows nothing yet is shifted to
+the mean return of the first batch; value model and policy are two models with an optimizer each.
 """
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,33 +23,48 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from echelon.config import ModelConfig, OptimConfig, RunConfig, SamplingConfig, Settings, demand, require, to_yaml
+from echelon.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    SamplingConfig,
+    TaskConfig,
+    demand,
+    require,
+    to_yaml,
+)
+from echelon.data.datasets import load_rows
 from echelon.data.packing import Batch, group_rows, pack, pad
+from echelon.errors import DataError
 from echelon.models.heads import TokenValue, token_values
+from echelon.models.reward import open_reward_module
 from echelon.ops import credit, losses
 from echelon.ops.masked import explained_variance, masked_mean, masked_var, masked_whiten
 from echelon.rollout.evaluate import rollout_metrics
 from echelon.rollout.plays import env_loop
+from echelon.rollout.rewards import open_rewards, open_tasks
 from echelon.rollout.roles import collect
-from echelon.rollout.setup import describe, open_actor, open_env, set_threads, task_batch
+from echelon.rollout.setup import Actor, describe, model_path, open_actor, set_threads, task_batch
 from echelon.seeds import derive_seed
+from echelon.train.aliases import trl_names
 from echelon.train.checkpoint import Checkpoints, Saveable
+from echelon.train.ema import Average
 from echelon.train.learner import Learner, Weights, average
 from echelon.train.log import Log, episode_rows
-from echelon.train.policy import PolicyConfig, passes, starting_policy, update_policy
+from echelon.train.policy import PolicyConfig, passes, reference_logprobs, starting_policy, update_policy
+from echelon.train.shaping import Shaper, ShapingConfig
 from echelon.types import Episode
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(TaskConfig):
     """Settings of PPO."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The policy: a model folder, a run directory or a hub id. The value model starts as a copy of its body."""
-    env: str
-    """The environment: a built-in name, path.py:Class or module:Class."""
-    env_settings: Settings = field(default_factory=dict)
-    """Settings of the environment."""
+    """The policy: a model folder, an adapter's folder, a run directory or a hub id."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """An adapter that learns in place of the policy's weights; KL is then to the model without it."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How utterances are drawn."""
     steps: int = 100
@@ -62,6 +81,10 @@ class Config(RunConfig):
     """GAE's λ, per sampled token: 1 trusts what was earned, 0 the value of the next token."""
     whiten: bool = True
     """Give advantages mean 0 and deviation 1 over the sampled tokens of a step."""
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    """What rewards are made into before credit is assigned."""
+    value_path: str = ""
+    """What the value model starts as: a reward model, whose head it keeps, or a language model. Empty: the policy."""
     value_optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer of the value model."""
     value_epochs: int = 4
@@ -74,14 +97,20 @@ class Config(RunConfig):
     """Steps in which only the value model learns."""
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(epochs=4))
     """How the policy learns."""
+    ptx: DataConfig = field(default_factory=DataConfig)
+    """Conversations whose answers the policy goes on learning to say, weighted by policy.ptx_coef."""
+    ptx_rows: int = 8
+    """Conversations that join each optimizer step of the policy."""
+    ema_decay: float = 0.0
+    """Keep an average of the policy's weights, of which this part stays at every step, as part "ema"; 0 keeps none."""
     tokens_per_pass: int = 4096
     """Most tokens, padding included, in one forward and backward pass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "env", "model.path")
+        require(self, "model.path")
         counts = ("steps", "episodes_per_step", "max_turns", "value_epochs", "value_minibatches", "tokens_per_pass")
-        for name in counts:
+        for name in (*counts, "ptx_rows"):
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
         for name in ("gamma", "lam"):
@@ -89,63 +118,116 @@ class Config(RunConfig):
         clip = self.value_clip is None or self.value_clip > 0
         demand(self, "value_clip", clip, "no value could move. Give a few units of reward, or null for no bound.")
         demand(self, "warmup_steps", self.warmup_steps >= 0, "it counts steps. Give 0 to train the policy at once.")
+        demand(self, "ema_decay", 0 <= self.ema_decay < 1, "an average moves. Give 0.99, or 0 to keep none.")
+        used = not self.ptx.path or self.policy.ptx_coef > 0
+        demand(self, "ptx.path", used, "these rows would count nothing. Give policy.ptx_coef a weight, such as 0.05.")
+        there = not self.policy.ptx_coef or bool(self.ptx.path)
+        demand(self, "policy.ptx_coef", there, "there is nothing to weigh. Give ptx.path the conversations.")
 
 
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, metrics.jsonl and episodes.jsonl."""
-    env = open_env(cfg.env, cfg.env_settings)
-    actor = open_actor(cfg.model, cfg.sampling)
+    actor = open_actor(cfg.model, cfg.sampling, lora=cfg.lora)
+    env = open_tasks(cfg, actor.role.renderer)
+    rewards = open_rewards(cfg, device=cfg.model.device, tokens_per_pass=cfg.tokens_per_pass)
     set_threads(cfg.threads, actor.module)
     updates = max(0, cfg.steps - cfg.warmup_steps) * cfg.policy.epochs * cfg.policy.minibatches
     policy = Learner(actor.module, cfg.policy.optim, total_steps=updates, name="actor", tokenizer=actor.tokenizer)
-    online = TokenValue.from_lm(actor.module)
+    online = open_value(cfg, actor)
     fits = cfg.steps * cfg.value_epochs * cfg.value_minibatches
     value = Learner(online, cfg.value_optim, total_steps=fits, name="value")
-    reference = starting_policy(actor.module, cfg.policy)
+    reference = starting_policy(actor.module, replace(cfg.policy, kl_coef=cfg.policy.kl_coef or cfg.shaping.kl_coef))
+    shaper, mean = Shaper(cfg.shaping), Average(policy, cfg.ema_decay) if cfg.ema_decay else None
     parts: dict[str, Saveable] = {"actor": policy, "value": value}
-    if reference is not None:
-        parts["reference"] = Weights(reference)
+    parts |= {"reference": Weights(reference)} if reference not in (None, actor.module) else {}
+    parts |= {"shaping": shaper} if cfg.shaping.remembers else {}
+    parts |= {"ema": mean} if mean else {}
     if cfg.dry_run:
         sampled = cfg.episodes_per_step * cfg.max_turns * cfg.sampling.max_tokens
         return describe({"actor": actor.module, "value": online}, tokens_per_step=sampled)
 
     tasks = env.tasks("train")
-    play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
     temperature, tokens = cfg.sampling.temperature, cfg.tokens_per_pass
     learn = partial(update_policy, policy, settings=cfg.policy, temperature=temperature, tokens_per_pass=tokens)
+    learn = partial(learn, reference=None, ptx=ptx_batches(cfg, actor))  # `compare` has asked the reference
+    play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
     out = Path(cfg.out)
     with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         actor.sampler.load(policy.weights(), policy.version)
         if not cfg.resume:
             checkpoints.save(0, parts)
-        with Log(out, total=cfg.steps, start=start, name="ppo") as log:
+        with Log(out, total=cfg.steps, start=start, name="ppo", config=cfg.log, settings=cfg) as log:
             for step in range(start, cfg.steps):
                 seed = derive_seed(cfg.seed, step)
                 chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
                 episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
+                given = rewards.add(episodes)
                 played = [episode for episode in episodes if episode.ending != "failed"]
                 turns = [turn for episode in played for turn in episode.turns]
-                batch = pack(turns)
-                if step == 0:
-                    online.start_at(mean_return(cfg, batch, played))
-                columns, metrics = judge(cfg, value, batch, played)
+                batch = compare(cfg, pack(turns), reference)
+                rewards_BT, shaped = shaper.rewards(batch, played)
+                if step == 0 and not online.head.weight.any():  # it knows nothing yet
+                    online.start_at(mean_return(cfg, batch, rewards_BT))
+                columns, judged = judge(cfg, value, batch, played, rewards_BT)
 
-                metrics |= update_value(cfg, value, batch, seed=seed)
+                learned = update_value(cfg, value, batch, seed=seed)
                 if step >= cfg.warmup_steps:
-                    metrics |= learn(batch, reference=reference, seed=seed)
+                    learned |= learn(batch, seed=seed)
+                    shaper.adapt(shaped, episodes=len(played))
+                    if mean:
+                        mean.update()
                 # Also while warming up: it forgets what it has cached, as a resumed run would have.
                 actor.sampler.load(policy.weights(), policy.version)
 
-                log.metrics(step, {**rollout_metrics(episodes), **metrics})
+                metrics = {**rollout_metrics(episodes), **given, **shaped, **judged, **learned}
+                log.metrics(step, metrics | trl_names(metrics, played, (step + 1) * cfg.episodes_per_step))
                 per_turn = {name: zip(turns, x_N.tolist(), strict=True) for name, x_N in columns.items()}
                 log.episodes(step, episode_rows(episodes[:8], per_turn=per_turn))
                 if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     checkpoints.save(step + 1, parts)
 
 
+def open_value(cfg: Config, actor: Actor) -> TokenValue:
+    """The value model as it starts: a reward model, head included, or the body of a language model, else the policy's.
+
+    Raises DataError for one that reads other tokens than the policy writes.
+    """
+    if not cfg.value_path:
+        return TokenValue.from_lm(actor.module)
+    model = replace(cfg.model, path=model_path(cfg.value_path, "reward"))
+    scorer, tokenizer, _ = open_reward_module(model, cfg.lora, seed=cfg.seed)
+    if not actor.tokenizer.get_vocab().items() <= tokenizer.get_vocab().items():
+        raise DataError(
+            f"value_path = {cfg.value_path}: its tokenizer is not that of the policy, and a value model reads the very "
+            "tokens the policy writes. Give a model with the same tokenizer, or leave value_path out."
+        )
+    return TokenValue.from_scorer(scorer)
+
+
+def ptx_batches(cfg: Config, actor: Actor) -> Callable[[int], Batch] | None:
+    """For the number of an optimizer step, the conversations that join it: each epoch is a new order of all rows."""
+    if not cfg.ptx.path:
+        return None
+    rows = load_rows(cfg.ptx, "sft", seed=cfg.seed).train
+
+    def batch(number: int) -> Batch:
+        chosen = task_batch(rows, number, cfg.ptx_rows, seed=derive_seed(cfg.seed, "ptx"))
+        return pack([example for row in chosen for example in actor.role.renderer.examples(row.messages)])
+
+    return batch
+
+
+def compare(cfg: Config, batch: Batch, reference: nn.Module | None) -> Batch:
+    """The batch with the log-probs of the starting policy, if KL to it counts."""
+    if reference is not None:
+        temperature, tokens = cfg.sampling.temperature, cfg.tokens_per_pass
+        batch.ref_logprobs = reference_logprobs(reference, batch, temperature=temperature, tokens_per_pass=tokens)
+    return batch
+
+
 def judge(
-    cfg: Config, value: Learner, batch: Batch, played: Sequence[Episode]
+    cfg: Config, value: Learner, batch: Batch, played: Sequence[Episode], rewards_BT: Float[Tensor, "B T"]
 ) -> tuple[dict[str, Float[Tensor, "N"]], dict[str, float]]:
     """Give the batch its values, returns and advantages; per turn the value before it and its mean advantage.
 
@@ -153,7 +235,6 @@ def judge(
     state that turn begins in.
     """
     values_BT = value.evaluate(batch, lambda module, micro: token_values(module, micro)[0], cfg.tokens_per_pass)
-    rewards_BT = batch.at_end(rewards_of(played))
     bootstrap_B = after_rows(batch, values_BT, played, final_values(value, played, cfg.tokens_per_pass))
     advantages_BT, returns_BT = credit.token_gae(
         rewards_BT, values_BT, batch.mask, gamma=cfg.gamma, lam=cfg.lam, bootstrap_B=bootstrap_B
@@ -191,12 +272,13 @@ def value_loss(module: nn.Module, batch: Batch, *, clip: float | None) -> tuple[
     values, _ = token_values(module, batch)
     old = losses.require(batch.values, "values", "Judge the batch first.")
     returns = losses.require(batch.returns, "returns", "Judge the batch first.")
+    stats, free = {"mean": values.detach(), "return": returns}, 0.5 * losses.squared_error(values, returns, batch.mask)
     if clip is None:
-        loss = 0.5 * losses.squared_error(values, returns, batch.mask)
+        loss = free
     else:
         loss = losses.clipped_value(values, old, returns, batch.mask, clip=clip)
-    stats = losses.reduce_stats({"mean": values.detach(), "return": returns}, batch.mask, batch.denom)
-    return losses.token_sum(loss, batch.mask, batch.denom), stats
+        stats["clipped"] = (loss > free).float()
+    return losses.token_sum(loss, batch.mask, batch.denom), losses.reduce_stats(stats, batch.mask, batch.denom)
 
 
 def after_rows(
@@ -235,12 +317,6 @@ def to_go(
     return credit.token_gae(rewards_BT, nothing_BT, batch.mask, gamma=cfg.gamma, lam=1.0, bootstrap_B=bootstrap_B)[1]
 
 
-def mean_return(cfg: Config, batch: Batch, played: Sequence[Episode]) -> float:
+def mean_return(cfg: Config, batch: Batch, rewards_BT: Float[Tensor, "B T"]) -> float:
     """Mean over sampled tokens of what was earned from there on: where the value model starts."""
-    rewards_BT = batch.at_end(rewards_of(played))
     return float(masked_mean(to_go(cfg, batch, rewards_BT, torch.zeros(len(rewards_BT))), batch.mask))
-
-
-def rewards_of(played: Sequence[Episode]) -> Float[Tensor, "N"]:
-    """The reward of every turn, in order."""
-    return torch.tensor([turn.reward for episode in played for turn in episode.turns])

@@ -133,7 +133,7 @@ def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[S
     common = {"seed": cfg.seed, "threads": cfg.threads, "save_every": cfg.save_every, "keep_last": cfg.keep_last}
     warm = {
         "model": {"path": str(out / "tiny")},
-        "data": str(out / "random_play.jsonl"),
+        "data": {"path": [str(out / "random_play.jsonl")]},
         "epochs": 3,
         "optim": {"lr": 5e-3, "warmup_steps": 20, "schedule": "cosine"},
         **common,
@@ -197,7 +197,8 @@ def prepare(cfg: Config, out: Path, spec: EnvSpec, console: Console) -> None:
         for number in range(cfg.games)
     ]
     with (out / "random_play.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"messages": list(dialogue.messages)}) + "\n" for dialogue in dialogues)
+        # The game's last word is not answered, so nothing is learned from it.
+        file.writelines(json.dumps({"messages": list(dialogue.messages[:-1])}) + "\n" for dialogue in dialogues)
     said = [message["content"] for dialogue in dialogues for message in dialogue.messages]
     module, tokenizer = tiny(said, hidden=cfg.hidden, layers=cfg.layers, heads=cfg.hidden // 32, seed=cfg.seed)
     console.print(f"built a model of {count_parameters(module):,} parameters and {cfg.games:,} games of random play")

@@ -1,129 +1,153 @@
 """Supervised fine-tuning on conversations: learn to say what the assistant said.
 
 Negative log-likelihood of every assistant message (its end-of-turn token included) given the exact tokens a model would
-have seen before it; nothing else is learned. Every token weighs the same within a step.
+have seen before it; or of the whole conversation. Every token that is learned weighs the same within a step.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
-import numpy as np
 from torch import Tensor, nn
 
-from echelon.config import ModelConfig, OptimConfig, RunConfig, SamplingConfig, demand, require, to_yaml
-from echelon.data.packing import Batch, pack
+from echelon.config import SamplingConfig
+from echelon.data.datasets import Sft, load_rows
+from echelon.data.packing import Batch, group_rows, pack, pack_documents
 from echelon.errors import DataError
-from echelon.models.lm import token_logprobs
+from echelon.models.lm import check_masks, lays_end_to_end, token_logprobs
 from echelon.ops import losses
-from echelon.rollout.setup import describe, open_actor, set_threads
-from echelon.seeds import derive_seed
+from echelon.rollout.setup import Actor, describe, open_actor, set_threads
 from echelon.text.chat import Example
-from echelon.train.checkpoint import Checkpoints
+from echelon.train.fit import StageConfig, fit, total_steps
 from echelon.train.learner import Learner
-from echelon.train.log import Log
-from echelon.types import Message
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(StageConfig):
     """Settings of supervised fine-tuning."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """What to fine-tune: a model folder, a run directory or a hub id."""
-    data: str
-    """A JSONL file, one conversation per line: {"messages": [{"role": …, "content": …}, …]}."""
-    epochs: int = 1
-    """Passes over the data."""
-    conversations_per_step: int = 32
-    """Conversations per optimizer step; the last step of an epoch may have fewer."""
-    max_tokens: int = 1024
-    """Longest row; a longer conversation is an error, since cutting it would hide what was learned from."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizer."""
-    tokens_per_pass: int = 4096
-    """Most tokens, padding included, in one forward and backward pass."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "data", "model.path")
-        for name in ("epochs", "conversations_per_step", "max_tokens", "tokens_per_pass"):
-            demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
+    learn: Literal["completions", "everything"] = "completions"
+    """What is learned: every assistant message with its end-of-turn token, or every token of a conversation."""
+    packing: bool = False
+    """Lay several conversations into one row of at most max_tokens; none sees another."""
+    too_long: Literal["error", "drop", "cut"] = "error"
+    """A conversation longer than max_tokens: refuse it, leave it out, or cut its beginning, never its last answer."""
 
 
 def main(cfg: Config) -> None:
-    """Train; the run directory holds checkpoints and metrics.jsonl."""
-    actor = open_actor(cfg.model, SamplingConfig(max_prompt_tokens=cfg.max_tokens))
+    """Train; the run directory holds checkpoints, the best weights on held-out rows, and metrics.jsonl."""
+    actor = open_actor(cfg.model, SamplingConfig(max_prompt_tokens=cfg.max_tokens), lora=cfg.lora, plain_template=True)
     set_threads(cfg.threads, actor.module)
-    rows = [actor.role.renderer.examples(messages) for messages in read_conversations(Path(cfg.data))]
-    check_lengths(rows, cfg)
-    steps_per_epoch = math.ceil(len(rows) / cfg.conversations_per_step)
-    steps = steps_per_epoch * cfg.epochs
+    data, notes = load_rows(cfg.data, "sft", seed=cfg.seed), list[str]()
+    train, held_out = (tokenised(rows, actor, cfg, notes) for rows in (data.train, data.held_out))
+    lay_out = layout(cfg, actor.module)
+    steps = total_steps(cfg, len(train))
     learner = Learner(actor.module, cfg.optim, total_steps=steps, name="actor", tokenizer=actor.tokenizer)
     if cfg.dry_run:
-        return describe({"actor": actor.module}, tokens_per_step=cfg.conversations_per_step * cfg.max_tokens)
-
-    with Checkpoints(
-        Path(cfg.out), config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume
-    ) as checkpoints:
-        start = checkpoints.restore({"actor": learner})[0] if cfg.resume else 0
-        if not cfg.resume:
-            checkpoints.save(0, {"actor": learner})
-        with Log(Path(cfg.out), total=steps, start=start, name="sft") as log:
-            for step in range(start, steps):
-                epoch, place = divmod(step, steps_per_epoch)
-                order = np.random.default_rng(derive_seed(cfg.seed, "epoch", epoch)).permutation(len(rows))
-                chosen = order[place * cfg.conversations_per_step : (place + 1) * cfg.conversations_per_step]
-                batch = pack([example for number in chosen for example in rows[number]])
-
-                metrics = learner.update(batch.split(cfg.tokens_per_pass), loss_fn)
-                log.metrics(step, {**metrics, "perplexity": math.exp(metrics["loss"]), "tokens": batch.denom})
-                if step + 1 == steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-                    checkpoints.save(step + 1, {"actor": learner})
+        print(*notes, sep="\n", end="\n" if notes else "")
+        return describe({"actor": actor.module}, tokens_per_step=cfg.rows_per_step * cfg.max_tokens)
+    fit(
+        cfg,
+        learner=learner,
+        rows=train,
+        pack=lambda rows: lay_out([example for row in rows for example in row]),
+        loss_fn=loss_fn,
+        evaluate=partial(evaluate, learner, held_out, cfg.tokens_per_pass) if held_out else None,
+        more=lambda metrics: {"perplexity": perplexity(metrics["loss"])},
+        notes=notes,
+        name="sft",
+    )
 
 
 def loss_fn(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Mean negative log-likelihood of the assistant's tokens."""
-    return losses.token_sum(losses.nll(token_logprobs(module, batch)), batch.mask, batch.denom), {}
+    """Mean negative log-likelihood of the tokens that are learned, and how many they are."""
+    nll_BT = losses.nll(token_logprobs(module, batch))
+    return losses.token_sum(nll_BT, batch.mask, batch.denom), {"tokens": float(batch.mask.sum())}
 
 
-def read_conversations(path: Path) -> Iterator[list[Message]]:
-    """The conversations of a JSONL file; DataError names the line that is not one."""
-    if not path.is_file():
-        raise DataError(f"data = {path}: there is no such file. Give a JSONL file with one conversation per line.")
-    found = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            yield _conversation(line, f"{path}:{number}")
-            found += 1
-    if not found:
-        raise DataError(f"{path} holds no conversation. Put one JSON object with 'messages' on each line.")
+def evaluate(learner: Learner, rows: Sequence[list[Example]], tokens_per_pass: int) -> dict[str, float]:
+    """Loss and perplexity of all held-out tokens together: longer conversations weigh more, and passes nothing."""
+    learner.module.eval()
+    total, count = 0.0, 0.0
+    for group in group_rows([len(row[-1].prompt) + len(row[-1].action) for row in rows], tokens_per_pass):
+        batch = pack([example for number in group for example in rows[number]])
+        total -= learner.evaluate(batch, token_logprobs, tokens_per_pass).double().sum().item()
+        count += batch.denom
+    return {"eval/loss": total / count, "eval/perplexity": perplexity(total / count)}
 
 
-def _conversation(line: str, where: str) -> list[Message]:
+def perplexity(loss: float) -> float:
+    """e to the mean negative log-likelihood: among how many equally likely tokens it would be as hard to choose."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def layout(cfg: Config, module: nn.Module) -> Callable[[list[Example]], Batch]:
+    """How conversations become rows. Raises DataError for a model that cannot keep those of one row apart."""
+    if not cfg.packing or lays_end_to_end(module):  # flash attention computes no padding, so there is nothing to gain
+        return pack
     try:
-        messages: Any = json.loads(line)["messages"]
-        found = [Message(role=str(message["role"]), content=str(message["content"])) for message in messages]
-    except (ValueError, KeyError, TypeError) as error:
+        check_masks(module)
+    except DataError as error:
         raise DataError(
-            f'{where}: not a conversation ({type(error).__name__}: {error}). Each line must be {{"messages": '
-            '[{"role": …, "content": …}, …]}.'
+            f"packing = true: {type(module).__name__} cannot be told by masks and positions which tokens see which, so "
+            "conversations in one row would read each other. Leave packing out, or use another architecture."
         ) from error
-    if not any(message["role"] == "assistant" for message in found):
-        raise DataError(f"{where}: no message is the assistant's, so there is nothing to learn from. Remove the line.")
-    return found
+    return partial(pack_documents, max_tokens=cfg.max_tokens)
 
 
-def check_lengths(rows: list[list[Example]], cfg: Config) -> None:
-    """Raise a DataError for a conversation longer than a row may be."""
-    longest = max(len(row[-1].prompt) + len(row[-1].action) for row in rows)
-    if longest > cfg.max_tokens:
-        raise DataError(
-            f"{cfg.data}: the longest conversation has {longest} tokens and max_tokens is {cfg.max_tokens}. "
-            "Raise max_tokens, or split the conversation."
-        )
+def tokenised(rows: Sequence[Sft], actor: Actor, cfg: Config, notes: list[str]) -> list[list[Example]]:
+    """What is seen and said in each conversation, none longer than `max_tokens`; what had to be done goes to `notes`.
+
+    Raises DataError for one that is too long, if `too_long` says so, and if none is left.
+    """
+    documents = [actor.role.renderer.examples(row.messages) for row in rows]
+    if too_long := [document for document in documents if length(document) > cfg.max_tokens]:
+        where = ", ".join(cfg.data.path)
+        many = f"{len(too_long)} of {len(rows)} conversations are longer than max_tokens = {cfg.max_tokens}"
+        if cfg.too_long == "error":
+            raise DataError(
+                f"{where}: {many}; the longest has {max(map(length, too_long))} tokens. Raise max_tokens, or give "
+                "too_long = drop or cut."
+            )
+        keep = partial(shorten, max_tokens=cfg.max_tokens, bos=actor.tokenizer.bos_token_id)
+        fitting = [keep(document) if cfg.too_long == "cut" else document for document in documents]
+        documents = [document for document in fitting if document and length(document) <= cfg.max_tokens]
+        if not documents:
+            raise DataError(f"{where}: {many}, so no row is left. Raise max_tokens.")
+        dropped = len(rows) - len(documents)
+        notes.append(f"{many}: {len(too_long) - dropped} were cut, {dropped} dropped")
+    return documents if cfg.learn == "completions" else [[whole(document)] for document in documents]
+
+
+def length(document: list[Example]) -> int:
+    """Tokens of a conversation up to the end of its last answer."""
+    return len(document[-1].prompt) + len(document[-1].action)
+
+
+def whole(document: list[Example]) -> Example:
+    """A conversation of which every token is learned but the first, which nothing predicts."""
+    ids = document[-1].prompt + document[-1].action
+    return Example(ids[:1], ids[1:])
+
+
+def shorten(document: list[Example], max_tokens: int, *, bos: int | None = None) -> list[Example]:
+    """A conversation cut to `max_tokens` from its beginning; empty if its last answer alone does not fit.
+
+    As in play, the oldest exchanges go first and the instruction stays; the answer that then follows the instruction,
+    but never answered it, is not learned. If that is not enough, only the end of the prompt (after the token that opens
+    every text, if there is one) and the last answer are left.
+    """
+    starts, last, excess = [len(example.prompt) for example in document], document[-1], length(document) - max_tokens
+    if excess <= 0:
+        return document
+    for gone in range(1, len(document) - 1):
+        if starts[gone] - starts[0] >= excess:
+            head = document[0].prompt
+            return [Example(head + said.prompt[starts[gone] :], said.action) for said in document[gone + 1 :]]
+    opening = last.prompt[:1] if last.prompt[0] == bos else []
+    left = max_tokens - len(last.action) - len(opening)
+    return [Example(opening + last.prompt[-left:], last.action)] if left > 0 else []

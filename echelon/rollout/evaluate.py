@@ -80,12 +80,14 @@ def scripted_loop(
 
     async def play(task: Task, episode: Episode) -> None:
         env, say = make(task), player(seed=episode.seed)
-        messages = list(await settle(env.start()))
+        heard = list(await settle(env.start()))
+        messages = list(heard)
         for index in range(max_turns):
             said = say(messages)
             step = await settle(env.step(said))
             parent = index - 1 if index else None
-            turn = Turn(index, name, prompt=[], action=[], logprobs=[], text=said, parent=parent, reward=step.reward)
+            turn = Turn(index, name, prompt=[], action=[], logprobs=[], text=said, parent=parent, heard=tuple(heard))
+            turn.reward, heard = step.reward, list(step.messages)
             episode.turns.append(turn)
             episode.metrics.update(step.info)
             messages += [Message(role="assistant", content=said), *step.messages]

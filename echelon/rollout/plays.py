@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from echelon.errors import DataError
 from echelon.rollout.roles import Role
-from echelon.types import Env, Episode, Play, Task, Turn
+from echelon.types import Env, Episode, Message, Play, Task, Turn
 
 T = TypeVar("T")
 
@@ -17,15 +17,18 @@ T = TypeVar("T")
 def env_loop(make: Callable[[Task], Env], actor: Role, *, max_turns: int = 1000) -> Play:
     """One role in one environment until it ends, or is cut off after `max_turns` (truncated, not terminated).
 
-    Raises DataError, which ends the run, for a reward that is not finite: one would spoil what all others teach.
+    An environment with `stop_when(text)` ends utterances itself, and may answer nothing between them: the role then
+    goes on with its message. Raises DataError, which ends the run, for a reward that is not finite: one would spoil
+    what all others teach.
     """
 
     async def play(task: Task, episode: Episode) -> None:
         env = make(task)
+        stop_when = getattr(env, "stop_when", None)
         messages = await _resolve(env.start())
         turn: Turn | None = None
         for _ in range(max_turns):
-            turn = await actor.act(episode, messages, turn)
+            turn = await actor.act(episode, messages, turn, stop_when=stop_when)
             step = await _resolve(env.step(turn.text))
             if not math.isfinite(step.reward):
                 raise DataError(
@@ -42,7 +45,8 @@ def env_loop(make: Callable[[Task], Env], actor: Role, *, max_turns: int = 1000)
                 break
         episode.ending = "truncated"
         # What follows was not played, but its value still counts. An environment may end without a last observation.
-        episode.final = actor.state(episode, messages or [{"role": "user", "content": ""}], turn)
+        unseen = [] if stop_when else [Message(role="user", content="")]
+        episode.final = actor.state(episode, messages or unseen, turn)
 
     return play
 

@@ -6,7 +6,7 @@ The only place where tokens enter an episode is `Role.act`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -29,11 +29,19 @@ class Role:
         self.renderer = renderer
         self.params = replace(params, stop_ids=params.stop_ids or renderer.stop_ids)
 
-    async def act(self, episode: Episode, messages: Sequence[Message], parent: Turn | None = None) -> Turn:
+    async def act(
+        self,
+        episode: Episode,
+        messages: Sequence[Message],
+        parent: Turn | None = None,
+        *,
+        stop_when: Callable[[str], bool] | None = None,
+    ) -> Turn:
         """Answer `messages`, what is new since this role last spoke on the branch that ends at `parent`.
 
-        The prompt continues the exact tokens of that earlier turn. The answer becomes a turn of the episode, a child
-        of `parent`; its random stream depends on its place in the tree alone, not on what else is being sampled.
+        The prompt continues the exact tokens of that earlier turn; without messages the role goes on with what it was
+        saying. The answer becomes a turn of the episode, a child of `parent`; its random stream depends on its place
+        in the tree alone, not on what else is being sampled. It ends where `stop_when` is true of its text, too.
         """
         prompt, starts = self._prompt(episode, messages, parent)
         siblings = len(episode.children(parent))
@@ -48,9 +56,11 @@ class Role:
             parent=None if parent is None else parent.index,
             seed=seed,
             starts=starts,
+            heard=tuple(messages),
         )
         episode.turns.append(turn)  # before sampling, so that siblings sampled meanwhile know their place
-        completion = await self.sampler.sample(prompt, replace(self.params, seed=seed))
+        params = replace(self.params, seed=seed, stop_when=stop_when or self.params.stop_when)
+        completion = await self.sampler.sample(prompt, params)
         turn.action, turn.logprobs = completion.tokens, completion.logprobs
         turn.text, turn.stop, turn.version = completion.text, completion.stop, completion.version
         return turn
@@ -85,7 +95,7 @@ async def collect(
     than `error_budget` (a fraction of the episodes) is a RolloutError that shows the first one.
     """
     episodes = [
-        Episode(task=task.id, seed=derive_seed(seed, number, task.id, sibling))
+        Episode(task=task.id, seed=derive_seed(seed, number, task.id, sibling), data=task.data)
         for number, task in enumerate(tasks)
         for sibling in range(siblings)
     ]

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from echelon.config import ModelConfig, SamplingConfig
+from echelon.config import LoraConfig, ModelConfig, SamplingConfig
 from echelon.envs import EnvSpec, check_env, load_env
 from echelon.errors import CheckpointError, DataError
+from echelon.models import lora as adapters
 from echelon.models.lm import count_parameters, load_lm, load_tokenizer
 from echelon.rollout.roles import Role
 from echelon.sampling.local import LocalSampler
 from echelon.seeds import derive_seed
-from echelon.text.chat import Renderer
+from echelon.text.chat import Renderer, set_up_template
 from echelon.train.checkpoint import find_checkpoint
-from echelon.types import SamplingParams, Task
+from echelon.types import SamplingParams
+
+Item = TypeVar("Item")
 
 
 @dataclass(slots=True)
@@ -43,11 +47,24 @@ def open_env(name: str, settings: Mapping[str, Any]) -> EnvSpec:
 
 
 def open_actor(
-    model: ModelConfig, sampling: SamplingConfig, *, name: str = "actor", params: SamplingParams | None = None
+    model: ModelConfig,
+    sampling: SamplingConfig,
+    *,
+    lora: LoraConfig = LoraConfig(),
+    name: str = "actor",
+    params: SamplingParams | None = None,
+    plain_template: bool = False,
 ) -> Actor:
-    """Load a model and give it a role. The path may be a model folder, a hub id, a run directory or a checkpoint."""
+    """Load a model and give it a role. The path may be a model folder, a hub id, a run directory or a checkpoint.
+
+    With `lora.rank` only an adapter learns, a new one; on the folder of an adapter, that one is folded into the
+    weights first. Without, the adapter of such a folder goes on learning. `plain_template` gives a tokenizer that has
+    no chat template the plain one (`set_up_template`).
+    """
     path = model_path(model.path)
     tokenizer = load_tokenizer(path)
+    if plain_template and set_up_template(tokenizer):
+        print(f"{path} has no chat template: it is given one with Question: and Answer:", file=sys.stderr)
     renderer = Renderer(tokenizer, max_tokens=sampling.max_prompt_tokens)
     module = load_lm(
         path,
@@ -56,8 +73,11 @@ def open_actor(
         device=model.device,
         trust_remote_code=model.trust_remote_code,
         gradient_checkpointing=model.gradient_checkpointing,
+        quantization=model.quantization,
     )
     _check_vocabulary(path, module, tokenizer)
+    if lora.rank:
+        module = adapters.attach(adapters.fold(module, path), lora)
     sampler = LocalSampler(module, tokenizer, cache_tokens=sampling.cache_tokens or None)
     params = params or SamplingParams(
         max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop
@@ -75,21 +95,27 @@ def _check_vocabulary(path: str, module: nn.Module, tokenizer: Any) -> None:
         )
 
 
-def model_path(path: str) -> str:
-    """The Hugging Face folder or hub id that is meant by a model folder, a checkpoint, a run directory or a hub id."""
+def model_path(path: str, role: str = "actor") -> str:
+    """The Hugging Face folder or hub id that is meant by a model folder, a checkpoint, a run directory or a hub id.
+
+    Of a run that kept its best model it is that one, of others what the newest whole checkpoint holds as `role`.
+    """
     if not Path(path).is_dir():
         return path
+    best = Path(path) / "best"
+    if any((best / file).is_file() for file in ("config.json", "adapter_config.json")):
+        return str(best)
     try:
-        return str(find_checkpoint(Path(path)))
+        return str(find_checkpoint(Path(path), role))
     except CheckpointError:
         if (Path(path) / "checkpoints").exists():
             raise
         return path  # not a run: the loader says what is missing
 
 
-def task_batch(tasks: Sequence[Task], step: int, count: int, *, seed: int) -> list[Task]:
-    """The tasks of one step: each epoch is a new order of all tasks. It needs no state, so neither does resuming."""
-    picked: list[Task] = []
+def task_batch(tasks: Sequence[Item], step: int, count: int, *, seed: int) -> list[Item]:
+    """The tasks, or rows, of one step: each epoch is a new order of all. Without state, resuming needs none either."""
+    picked: list[Item] = []
     for position in range(step * count, (step + 1) * count):
         epoch, place = divmod(position, len(tasks))
         order = np.random.default_rng(derive_seed(seed, "tasks", epoch)).permutation(len(tasks))
@@ -149,10 +175,15 @@ def describe(modules: Mapping[str, nn.Module], *, tokens_per_step: int) -> None:
     for name, module in modules.items():
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-        training = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+        training = sum(parameter.numel() * _bytes_to_train(parameter) for parameter in trained)
         print(
             f"{name}: {type(module).__name__}, {count_parameters(module):,} parameters, "
             f"{sum(parameter.numel() for parameter in trained):,} trained; {weights / 2**20:.1f} MiB of weights, "
             f"{training / 2**20:.1f} MiB more for gradients and optimizer state"
         )
     print(f"tokens per step: at most {tokens_per_step:,}")
+
+
+def _bytes_to_train(parameter: Tensor) -> int:
+    """What AdamW needs per weight besides it: gradient and two means, and of 16-bit weights a float32 master."""
+    return 12 if parameter.dtype == torch.float32 else 16

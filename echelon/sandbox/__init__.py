@@ -14,11 +14,13 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +91,7 @@ class Program:
     def __init__(self, source: str, *, limits: Limits = Limits(), modules: Sequence[str] = MODULES) -> None:
         self.source, self.limits, self.modules = source, limits, tuple(modules)
         self._child: subprocess.Popen[bytes] | None = None
-        self._home: tempfile.TemporaryDirectory[str] | None = None
+        self._end: weakref.finalize[..., Program] | None = None
         self._unread = b""
         self._lock = threading.Lock()
         self.missing: tuple[str, ...] = ()
@@ -106,17 +108,18 @@ class Program:
         if self._child is not None and self._child.poll() is None:
             return ""
         self.close()
-        self._home = tempfile.TemporaryDirectory(prefix="echelon-sandbox-")
+        home = tempfile.mkdtemp(prefix="echelon-sandbox-")
         worker = str(Path(__file__).with_name("worker.py"))
         self._child = subprocess.Popen(
             [sys.executable, "-s", "-S", "-P", "-B", worker],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            cwd=self._home.name,
+            cwd=home,
             env={"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"},
             start_new_session=True,
         )
+        self._end = weakref.finalize(self, _remove, self._child, home)
         setup = {
             "source": self.source,
             "modules": self.modules,
@@ -133,27 +136,16 @@ class Program:
             raise
 
     def close(self) -> None:
-        """End the child; harmless when repeated."""
-        if self._child is not None:
-            self._child.kill()
-            self._child.wait()
-            for pipe in (self._child.stdin, self._child.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(OSError):
-                        pipe.close()
-        if self._home is not None:
-            self._home.cleanup()
-        self._child, self._home, self._unread = None, None, b""
+        """End the child; harmless when repeated, and done by itself when the program is no longer used."""
+        if self._end is not None:
+            self._end()
+        self._child, self._end, self._unread = None, None, b""
 
     def __enter__(self) -> Program:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
 
     def _ask(self, line: str) -> dict[str, Any]:
         self._send(line)
@@ -175,7 +167,7 @@ class Program:
             self._child.stdin.write(line.encode() + b"\n")
             self._child.stdin.flush()
         except OSError:
-            raise self._end() from None
+            raise self._gone() from None
 
     def _receive(self, limits: Limits) -> dict[str, Any]:
         """The next line from the child, as long as it stays within its limits."""
@@ -191,7 +183,7 @@ class Program:
             part = os.read(pipe, 1 << 16)
             self._unread += part
             if not part:
-                raise self._end()
+                raise self._gone()
             if len(self._unread) > most:
                 self.close()
                 raise ProgramError("it wrote more than the limit allows")
@@ -223,7 +215,7 @@ class Program:
             return time.monotonic()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def _end(self) -> ProgramError:
+    def _gone(self) -> ProgramError:
         """Why the child is gone."""
         assert self._child is not None
         status = self._child.wait()
@@ -231,6 +223,17 @@ class Program:
         if status < 0:
             return ProgramError(f"it crashed (signal {-status})")
         return ProgramError(f"it ended the process (status {status})")
+
+
+def _remove(child: subprocess.Popen[bytes], home: str) -> None:
+    """The child and its working directory."""
+    child.kill()
+    child.wait()
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+    shutil.rmtree(home, ignore_errors=True)
 
 
 def run_code(source: str, *, limits: Limits = Limits(cpu_seconds=5.0), modules: Sequence[str] = MODULES) -> str:

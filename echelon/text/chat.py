@@ -17,6 +17,20 @@ _SAID = "@@what-the-assistant-said@@"
 _ASKED: Message = {"role": "user", "content": "x"}
 _ANSWER: Message = {"role": "assistant", "content": _SAID}
 
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
+    "{% if message['role'] == 'user' %}Question: {{ message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Answer:\n' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'system' %}{{ message['content'] }}"
+    "{% else %}{{ message['role'] | capitalize }}: {{ message['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\n\nAnswer:\n' }}{% endif %}"
+)
+"""Who speaks in words any model knows, a blank line between messages, EOS at the end of an answer: no new tokens.
+
+Answers begin on a line of their own. After `Answer: ` with its space they would begin in the middle of what most
+tokenizers make one token.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -24,6 +38,24 @@ class Example:
 
     prompt: list[int]
     action: list[int]
+
+
+def set_up_template(tokenizer: Any) -> bool:
+    """Give a tokenizer that has no chat template the plain one; whether it needed it. Saved with it like any other.
+
+    It begins with the beginning-of-sequence token if the tokenizer puts one before every text. Raises DataError for a
+    tokenizer without EOS: its model could never finish a message.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        return False
+    if tokenizer.eos_token is None:
+        raise DataError(
+            f"the tokenizer of '{_name(tokenizer)}' has neither a chat template nor an EOS token, so a model could "
+            "never finish a message. Set tokenizer.eos_token and save it again."
+        )
+    begins = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+    tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_CHAT_TEMPLATE
+    return True
 
 
 class Renderer:
@@ -68,8 +100,11 @@ class Renderer:
     def extend(self, ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
         """Continue exact ids, prompt and sampled action, with what was answered and the cue for the next message.
 
-        Works whether or not the action ends with its stop token. The result starts with `ids`, unchanged.
+        Works whether or not the action ends with its stop token. The result starts with `ids`, unchanged; it is `ids`
+        where nothing was answered, and the message just goes on.
         """
+        if not messages:
+            return list(ids)
         follow = self._follow(messages)
         ended = bool(ids) and ids[-1] == follow[0] and ids[-1] in self.stop_ids
         return [*ids, *(follow[1:] if ended else follow)]

@@ -9,15 +9,18 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file, save_model
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from echelon.config import OptimConfig
-from echelon.errors import CheckpointError, EchelonError
+from echelon.errors import CheckpointError, ConfigError, EchelonError
+from echelon.models import lora
+from echelon.train.optimizers import LOW, LossScale, SavedOptimizer, learning_rate, make_optimizer, save_optimizer
 
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]]
 """(module, micro-batch) → the micro-batch's share of the loss, and numbers that add up over micro-batches. Names that
@@ -31,12 +34,21 @@ class NonFiniteLoss(EchelonError, RuntimeError):
 class Learner:
     """A module, its optimizer and its schedule. `update` is one optimizer step.
 
-    `tokenizer` makes `save` write a Hugging Face folder that loads without echelon. `total_steps` is what a decaying
-    schedule decays over.
+    What learns is what asks for a gradient: all weights, or those of an adapter. Weights of 16 bits follow float32
+    masters, since most updates are smaller than the distance to the next number they could be. `tokenizer` makes `save`
+    write a Hugging Face folder that loads without echelon. `total_steps` is what a decaying schedule decays over. Of a
+    module with several adapters, `adapter` names the one that this learner trains and saves.
     """
 
     def __init__(
-        self, module: nn.Module, optim: OptimConfig, *, total_steps: int = 0, name: str = "", tokenizer: Any = None
+        self,
+        module: nn.Module,
+        optim: OptimConfig,
+        *,
+        total_steps: int = 0,
+        name: str = "",
+        tokenizer: Any = None,
+        adapter: str = "",
     ) -> None:
         self.module = module
         self.name = name
@@ -44,15 +56,18 @@ class Learner:
         self.tokenizer = tokenizer
         self.optim = optim
         self.total_steps = total_steps
-        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained,
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),  # one pass over the weights instead of ten
-        )
+        self.adapter = adapter
+        if getattr(module, "is_quantized", False) and not lora.has_adapters(module):
+            raise ConfigError(
+                f"model.quantization: weights of few bits cannot be trained, and {name or 'this model'} has no "
+                "adapter that could. Set lora.rank to 8 or more, or leave quantization out."
+            )
+        with self._speaking():
+            self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.masters = [_master(parameter) for parameter in self.trained]
+        low = any(parameter.dtype == torch.float16 for parameter in module.parameters())
+        self.loss_scale = LossScale() if low else None
+        self.optimizer = make_optimizer(self.masters, optim, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -63,10 +78,94 @@ class Learner:
         """One optimizer step on the sum of the micro-batches' losses, and what there is to log about it.
 
         Raises NonFiniteLoss, before anything is changed, when a loss or the gradient is not finite; what `loss_fn`
-        raises passes through, and nothing is changed either. The module is left in training mode.
+        raises passes through, and nothing is changed either. A gradient that overflows float16 is computed again with a
+        smaller loss scale. The module is left in training mode.
         """
         self.module.train()  # layers are checkpointed in training mode only
+        batches = list(batches)
+        assert batches, "an update needs at least one micro-batch"
+        before = copy.copy(self.loss_scale)
+        while True:
+            with self._speaking():
+                totals = self._gradient(batches, loss_fn)
+            norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.optim.max_grad_norm or math.inf))
+            if math.isfinite(norm):
+                break
+            if self.loss_scale is None or not self.loss_scale.overflowed():
+                self.loss_scale = before
+                raise NonFiniteLoss(
+                    f"{self.name or 'learner'}: the gradient is {norm} at update {self.version}, so no step was taken. "
+                    "Lower optim.lr, or look for log-probabilities of impossible tokens."
+                )
+        rate = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self._follow_masters()
+        self.version += 1
+        if self.loss_scale is not None:
+            self.loss_scale.worked()
+            totals["loss_scale"] = self.loss_scale.scale
+        return {**totals, "grad_norm": norm, "lr": rate}
+
+    def learning_rate(self) -> float:
+        """Of the next update: linear warm-up, then the schedule."""
+        return learning_rate(self.optim, self.version, self.total_steps)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any, fn: Callable[[nn.Module, Any], Tensor], tokens_per_pass: int) -> Tensor:
+        """`fn(module, micro-batch)` → (b, t) for a whole batch of rows, without gradient, as (B, T) on the CPU.
+
+        In evaluation mode, so that an adapter drops nothing.
+        """
+        self.module.eval()
+        out = torch.zeros(batch.tokens.shape)
+        with self._speaking():
+            for micro in batch.split(tokens_per_pass):
+                out[micro.rows, : micro.tokens.shape[1]] = fn(self.module, micro.to(self.device)).float().cpu()
+        return out
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors, one at a time, for a sampler."""
+        yield from self.module.state_dict().items()
+
+    def save(self, folder: Path) -> None:
+        """Weights (a Hugging Face folder if the module is one, peft's if it has adapters), optimizer and counters."""
+        save_module(self.module, folder, self.tokenizer, adapter=self.adapter)
+        scale = self.loss_scale
+        counters = {} if scale is None else {"loss_scale": scale.scale, "loss_scale_steps": scale.steps}
+        save_optimizer(self.optimizer, folder, self._own_masters(), version=self.version, **counters)
+
+    def load(self, folder: Path) -> None:
+        """Continue exactly where `save` was called. Raises CheckpointError if something else was saved there."""
+        try:
+            saved = SavedOptimizer(folder)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{folder} holds no optimizer state, so training cannot continue from it. Give a checkpoint's folder, "
+                "or start a new run from these weights with model.path."
+            ) from error
+        if not saved.fits(self.optimizer, len(self._own_masters())):
+            raise CheckpointError(
+                f"the optimizer state in {folder} belongs to other weights than the {len(self.trained)} that are "
+                "trained here, or to another optimizer. Train the same parts of the same model, in the same way, as "
+                "the run that saved it."
+            )
+        load_module(self.module, folder, adapter=self.adapter)
+        saved.load(self.optimizer, self._own_masters())
+        self.version = int(saved.counters["version"])
+        if self.loss_scale is not None:
+            self.loss_scale = LossScale(saved.counters["loss_scale"], saved.counters["loss_scale_steps"])
+
+    def _speaking(self) -> AbstractContextManager[None]:
+        return lora.use(self.module, self.adapter) if self.adapter else nullcontext()
+
+    def _gradient(self, batches: Sequence[Any], loss_fn: LossFn) -> dict[str, float]:
+        """Put the gradient of the micro-batches' summed losses on the masters; returns what the losses logged."""
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.trained:
+            parameter.grad = None
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
         totals: dict[str, float] = {}
         for batch in batches:
             loss, stats = loss_fn(self.module, batch.to(self.device))
@@ -76,76 +175,31 @@ class Learner:
                     f"{self.name or 'learner'}: the loss is {value} at update {self.version}, so no step was taken. "
                     "Look for non-finite rewards; otherwise lower optim.lr."
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss if scale == 1 else loss * scale).backward()  # type: ignore[no-untyped-call]
+            self._collect()
             _accumulate(totals, {"loss": value, **stats})
-        assert totals, "an update needs at least one micro-batch"
-        norm = float(torch.nn.utils.clip_grad_norm_(self.trained, self.optim.max_grad_norm or math.inf))
-        if not math.isfinite(norm):
-            raise NonFiniteLoss(
-                f"{self.name or 'learner'}: the gradient is {norm} at update {self.version}, so no step was taken. "
-                "Lower optim.lr, or look for log-probabilities of impossible tokens."
-            )
-        rate = self.learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.version += 1
-        return {**totals, "grad_norm": norm, "lr": rate}
+        if scale != 1:
+            for master in self.masters:
+                if master.grad is not None:
+                    master.grad /= scale
+        return totals
 
-    def learning_rate(self) -> float:
-        """Of the next update: linear warm-up, then the schedule."""
-        optim, step = self.optim, self.version
-        if step < optim.warmup_steps:
-            return optim.lr * (step + 1) / optim.warmup_steps
-        if optim.schedule == "constant":
-            return optim.lr
-        assert self.total_steps, f"schedule {optim.schedule} needs total_steps: it would end at once"
-        progress = min(1.0, (step - optim.warmup_steps) / max(1, self.total_steps - optim.warmup_steps))
-        left = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-        return optim.lr * (optim.final_lr_fraction + (1 - optim.final_lr_fraction) * left)
+    def _collect(self) -> None:
+        """Add the gradients of 16-bit weights to those of their masters, in float32."""
+        for parameter, master in zip(self.trained, self.masters, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                found = parameter.grad.float()
+                master.grad = found if master.grad is None else master.grad.add_(found)
+                parameter.grad = None
 
     @torch.no_grad()
-    def evaluate(self, batch: Any, fn: Callable[[nn.Module, Any], Tensor], tokens_per_pass: int) -> Tensor:
-        """`fn(module, micro-batch)` → (b, t) for a whole batch of rows, without gradient, as (B, T) on the CPU."""
-        out = torch.zeros(batch.tokens.shape)
-        for micro in batch.split(tokens_per_pass):
-            out[micro.rows, : micro.tokens.shape[1]] = fn(self.module, micro.to(self.device)).float().cpu()
-        return out
+    def _follow_masters(self) -> None:
+        for parameter, master in zip(self.trained, self.masters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors, one at a time, for a sampler."""
-        yield from self.module.state_dict().items()
-
-    def save(self, folder: Path) -> None:
-        """Weights (a Hugging Face folder if the module is one), optimizer state and counters."""
-        save_module(self.module, folder, self.tokenizer)
-        state = self.optimizer.state_dict()["state"]
-        tensors = {f"{index}/{name}": value for index, entry in state.items() for name, value in entry.items()}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "optimizer.safetensors")
-        (folder / "optimizer.json").write_text(json.dumps({"version": self.version}))
-
-    def load(self, folder: Path) -> None:
-        """Continue exactly where `save` was called. Raises CheckpointError if something else was saved there."""
-        state: dict[int, dict[str, Tensor]] = {}
-        try:
-            counters = json.loads((folder / "optimizer.json").read_text())
-            for key, value in load_file(folder / "optimizer.safetensors").items():
-                index, name = key.split("/")
-                state.setdefault(int(index), {})[name] = value
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{folder} holds no optimizer state, so training cannot continue from it. Give a checkpoint's folder, "
-                "or start a new run from these weights with model.path."
-            ) from error
-        shapes = {index: parameter.shape for index, parameter in enumerate(self.trained)}
-        if any(entry["exp_avg"].shape != shapes.get(index) for index, entry in state.items()):
-            raise CheckpointError(
-                f"the optimizer state in {folder} belongs to other weights than the {len(shapes)} that are trained "
-                "here. Train the same parts of the same model as the run that saved it."
-            )
-        load_module(self.module, folder)
-        self.version = int(counters["version"])
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+    def _own_masters(self) -> list[Tensor]:
+        return [master for parameter, master in zip(self.trained, self.masters, strict=True) if master is not parameter]
 
 
 class Weights:
@@ -163,20 +217,28 @@ class Weights:
         load_module(self.module, folder)
 
 
-def save_module(module: nn.Module, folder: Path, tokenizer: Any = None) -> None:
-    """Weights as safetensors: a Hugging Face folder, tokenizer included, when the module is a Hugging Face model."""
+def save_module(module: nn.Module, folder: Path, tokenizer: Any = None, *, adapter: str = "") -> None:
+    """Weights as safetensors: a Hugging Face folder, tokenizer included, when the module is a Hugging Face model.
+
+    Of a model with adapters only these are written, in peft's format: all of them, or one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     published: Any = module
-    if hasattr(module, "save_pretrained"):
+    if lora.has_adapters(module):
+        lora.save(module, folder, name=adapter)
+    elif hasattr(module, "save_pretrained"):
         published.save_pretrained(folder)
+    if hasattr(module, "save_pretrained"):
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     else:
         save_model(module, str(folder / "model.safetensors"))
 
 
-def load_module(module: nn.Module, folder: Path) -> None:
+def load_module(module: nn.Module, folder: Path, *, adapter: str = "") -> None:
     """Put saved weights into a module of the same shape; every one of them must be there, and no others."""
+    if lora.has_adapters(module):
+        return lora.restore(module, folder, name=adapter)
     tensors = {
         name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()
     }
@@ -211,6 +273,11 @@ def _renamed(module: Any, folder: Path) -> dict[str, Tensor]:
     except (RuntimeError, ValueError, OSError):
         return {}
     return {} if any(report.values()) else dict(loaded.state_dict())
+
+
+def _master(parameter: Tensor) -> Tensor:
+    """What the optimizer moves: the weight itself, or a float32 copy that a weight of 16 bits is rounded from."""
+    return parameter.detach().float().requires_grad_() if parameter.dtype in LOW else parameter
 
 
 def _accumulate(totals: dict[str, float], stats: dict[str, float]) -> None:

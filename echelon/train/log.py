@@ -1,5 +1,7 @@
 """What a run leaves to read: `metrics.jsonl`, `episodes.jsonl`, and a progress bar or plain lines while it goes on.
 
+Trackers that the settings ask for get the same rows.
+
 Knows nothing of models or algorithms: names and numbers in, rows out. The clock enters the files only as `seconds`.
 """
 
@@ -14,13 +16,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from echelon.config import LogConfig
 from echelon.errors import CheckpointError
+from echelon.train.trackers import Trackers
 from echelon.types import Episode, Turn
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 HEADLINES = ("reward/mean", "eval/reward/mean", "accuracy", "loss")
 SECONDS_BETWEEN_LINES = 10.0
@@ -36,6 +43,8 @@ class Log:
     On a terminal there is a progress bar, elsewhere plain lines without control characters (the first step, the last
     one, and one every ten seconds); `quiet` shows neither. `headline` names the metrics to show; without it, three of
     the usual ones. The rate is that of this process, the time elapsed that of the run.
+    `config` names trackers that get every row of metrics, with `settings` as the hyper-parameters of the run; see
+    `Trackers` for how they continue, and what happens when one fails.
     Claim the run directory first (`Checkpoints`): the log itself refuses nothing.
     """
 
@@ -49,8 +58,11 @@ class Log:
         quiet: bool = False,
         headline: Sequence[str] = (),
         console: Console | None = None,
+        config: LogConfig = LogConfig(),
+        settings: DataclassInstance | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        fresh = not (folder / "metrics.jsonl").exists()
         self._earlier = _cut(folder / "metrics.jsonl", start)
         _cut(folder / "episodes.jsonl", start)
         self._metrics = _append_to(folder / "metrics.jsonl")
@@ -64,6 +76,7 @@ class Log:
         if not quiet:
             display = _Bar if watched else _Lines
             self._display = display(console or Console(), name=name, total=total, start=start)
+        self._trackers = Trackers(folder, config=config, settings=settings, start=start, fresh=fresh, note=self.note)
 
     @property
     def seconds(self) -> float:
@@ -73,7 +86,9 @@ class Log:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row to `metrics.jsonl`. A number that is not finite becomes null, which is said once per name."""
         numbers = {name: float(value) for name, value in values.items()}
-        self._write(self._metrics, {"step": step, "seconds": round(self.seconds, 3), **numbers})
+        row = {"seconds": round(self.seconds, 3), **numbers}
+        self._write(self._metrics, {"step": step, **row})
+        self._trackers.send(step, row)
         if self._display:
             spent = time.monotonic() - self._began
             rate = (step + 1 - self._start) / max(spent, 1e-9)
@@ -91,8 +106,9 @@ class Log:
         if self._display:
             self._display.note(text)
 
-    def close(self) -> None:
-        """End the display and close the files; harmless when repeated."""
+    def close(self, *, failed: bool = False) -> None:
+        """End the display, close the files, and have trackers send what they still hold; harmless when repeated."""
+        self._trackers.close(failed=failed)
         if self._display:
             self._display.close()
         self._metrics.close()
@@ -104,7 +120,7 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=kind is not None)
 
     def _write(self, file: TextIO, row: dict[str, Any]) -> None:
         try:
@@ -225,7 +241,7 @@ class _Lines:
             self.note(f"{self._prefix}{done}/{self._total}  {rate}  {times}  {numbers}".rstrip())
 
     def note(self, text: str) -> None:
-        print(text, file=self._file, flush=True)
+        print(f"{text}\n", end="", file=self._file, flush=True)  # one piece: trackers have threads of their own
 
     def close(self) -> None:
         """Nothing is pending."""

@@ -1,4 +1,4 @@
-"""How a policy learns from advantages: clipped surrogate or plain policy gradient, entropy, KL to where it began.
+"""How a policy learns from advantages: surrogate or plain policy gradient, entropy, KL to where it began, imitation.
 
 What every recipe shares whose policy writes tokens. It refuses to know where the advantages come from.
 """
@@ -6,8 +6,7 @@ What every recipe shares whose policy writes tokens. It refuses to know where th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 from echelon.config import OptimConfig, demand
 from echelon.data.packing import Batch
-from echelon.errors import EchelonError
+from echelon.errors import ConfigError, EchelonError
+from echelon.models import lora
 from echelon.models.lm import token_logprobs, token_logprobs_and_entropy
 from echelon.ops import losses
 from echelon.seeds import derive_seed
@@ -30,15 +30,17 @@ class PolicyConfig:
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
     """Optimizer of the policy."""
-    loss: Literal["clipped", "reinforce", "awr"] = "clipped"
-    """The clipped surrogate of PPO, the plain policy gradient (on-policy, so one optimizer step per batch), or
+    loss: Literal["clipped", "gspo", "cispo", "reinforce", "awr"] = "clipped"
+    """The clipped surrogate of PPO; the same with one ratio for a whole utterance (gspo); clipped importance weights
+    times the policy gradient (cispo); the plain policy gradient (on-policy, so one optimizer step per batch); or
     advantage-weighted regression, which imitates what was said, the better the more, and pushes nothing away."""
     awr_beta: float = 3.0
     """How much more a better utterance is imitated: e to the power of this per unit of advantage, at most 20 times."""
     clip_low: float = 0.2
-    """How far the ratio of new to old probability may fall below 1."""
+    """How far the ratio of new to old probability may fall below 1. For cispo 1, which is no bound, is usual; for gspo
+    3e-4."""
     clip_high: float = 0.2
-    """How far the ratio may rise above 1."""
+    """How far the ratio may rise above 1. For cispo 4 is usual; for gspo 4e-4."""
     dual_clip: float | None = None
     """Bounds the loss of a negative advantage by this many times its size; 3 is usual, null is no bound."""
     epochs: int = 1
@@ -51,6 +53,8 @@ class PolicyConfig:
     """Weight of KL to the starting policy, per token; 0 keeps no reference."""
     kl_loss: Literal["k2", "k3"] = "k2"
     """What is minimised: k2 has the gradient of KL(policy ‖ start), k3 (GRPO's) that of KL(start ‖ policy)."""
+    ptx_coef: float = 0.0
+    """Weight of imitating other texts besides (the ptx of InstructGPT), per token of theirs; the recipe says which."""
     max_mismatch: float = 0.01
     """How far |log π - log π_sampled| may go, in float32, before the first optimizer step of a batch."""
 
@@ -61,9 +65,11 @@ class PolicyConfig:
         demand(self, "clip_high", self.clip_high > 0, "no ratio could rise. Give 0.2, or more to clip less.")
         dual = self.dual_clip is None or self.dual_clip > 1
         demand(self, "dual_clip", dual, "a bound of 1 or less would cut off ratios near 1. Give 3, or null for none.")
+        because = "its loss has no minimum that could run away. Use null, or loss = clipped."
+        demand(self, "dual_clip", self.dual_clip is None or self.loss in ("clipped", "gspo"), because)
         demand(self, "awr_beta", self.awr_beta > 0, "worse utterances would be imitated more. Give a positive number.")
         demand(self, "max_mismatch", self.max_mismatch > 0, "rounding alone differs by 1e-5. Give 0.01, or more.")
-        for name in ("entropy_coef", "kl_coef"):
+        for name in ("entropy_coef", "kl_coef", "ptx_coef"):
             demand(self, name, getattr(self, name) >= 0, "a negative weight rewards the opposite. Give 0 or more.")
         off_policy = self.loss == "reinforce" and self.epochs * self.minibatches > 1
         demand(
@@ -75,7 +81,8 @@ class PolicyConfig:
 
     @property
     def only_advantages(self) -> bool:
-        """Whether a token whose advantage is zero teaches nothing. (What is imitated with weight e⁰ teaches.)"""
+        """Whether a token whose advantage is zero teaches nothing. (What is imitated with weight e⁰ teaches.) The ratio
+        that gspo gives a token is multiplied by the token's own advantage, so it is no exception."""
         return self.loss != "awr" and not self.entropy_coef and not self.kl_coef
 
 
@@ -86,11 +93,14 @@ class SamplerMismatch(EchelonError, RuntimeError):
 def starting_policy(module: nn.Module, settings: PolicyConfig) -> nn.Module | None:
     """What KL is to, if it counts: a frozen copy of the policy as it is now.
 
-    Of a model with an adapter (peft), the model itself, which is then read with its adapter off: no copy.
+    Of a model with an adapter, the model itself, which is then read with its adapter off, or as it was: no copy.
     """
     if not settings.kl_coef:
         return None
-    return module if hasattr(module, "disable_adapter") else copy.deepcopy(module).requires_grad_(False)
+    if not lora.has_adapters(module):
+        return copy.deepcopy(module).requires_grad_(False)
+    lora.keep_start(module)
+    return module
 
 
 def update_policy(
@@ -102,28 +112,45 @@ def update_policy(
     temperature: float,
     tokens_per_pass: int,
     seed: int,
+    ptx: Callable[[int], Batch] | None = None,
 ) -> dict[str, float]:
     """All optimizer steps on one batch with advantages; what they logged, averaged, under "policy/".
 
     The log-probs the batch was sampled with stand for those of the policy before the first step, so no pass computes
     them again; `first_mismatch`, the largest |log π - log π_sampled| of the first step, says whether that is true.
     Raises SamplerMismatch when it is not in float32, before any weight has moved. In lower precision rounding alone
-    may exceed any limit, so it is only logged.
+    may exceed any limit, so it is only logged. Where dropout is on (an adapter's), the policy that learns is never
+    quite the one that was sampled: one pass without dropout is then computed for this check before the first step.
 
     Rows without any advantage are left out where that changes nothing but the time: `rows_left_out` counts them. The
     means that are logged are then over the tokens of the others.
+
+    `ptx(version)` is what is imitated, with weight `ptx_coef`, in the optimizer step that makes that version into the
+    next. The log-probs of the reference are computed unless the batch has them.
     """
-    if reference is not None:
+    if settings.ptx_coef and ptx is None:
+        raise ConfigError(f"policy.ptx_coef = {settings.ptx_coef}: nothing is there to imitate. Use a recipe with ptx.")
+    if reference is not None and batch.ref_logprobs is None:
         batch.ref_logprobs = reference_logprobs(
             reference, batch, temperature=temperature, tokens_per_pass=tokens_per_pass
         )
-    first = policy.version
+    choose = those_that_teach if settings.only_advantages else None
+    taught = batch if choose is None else choose(batch)
+    first, exact = policy.version, next(policy.module.parameters()).dtype == torch.float32
+    quiet = mismatch_without_dropout(policy, taught, temperature, tokens_per_pass) if drops(policy.module) else None
+    if quiet is not None and exact:
+        check_mismatch(quiet, settings.max_mismatch)
 
-    def loss_fn(module: nn.Module, part: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss_fn(module: nn.Module, part: Batch | Imitated) -> tuple[Tensor, dict[str, float]]:
+        if isinstance(part, Imitated):
+            return imitation_loss(module, part.batch, weight=settings.ptx_coef)
         loss, stats = policy_loss(module, part, settings=settings, temperature=temperature)
-        if policy.version == first and next(module.parameters()).dtype == torch.float32:
+        if policy.version == first and exact and quiet is None:
             check_mismatch(stats["mismatch/max"], settings.max_mismatch)
         return loss, stats
+
+    def beside(version: int) -> list[Imitated]:
+        return [Imitated(part) for part in ptx(version).split(tokens_per_pass)] if ptx and settings.ptx_coef else []
 
     logged = passes(
         policy,
@@ -133,11 +160,39 @@ def update_policy(
         minibatches=settings.minibatches,
         tokens_per_pass=tokens_per_pass,
         seed=seed,
-        choose=those_that_teach if settings.only_advantages else None,
+        choose=choose,
+        beside=beside,
     )
-    left_out = len(batch.rows) - len(those_that_teach(batch).rows) if settings.only_advantages else 0
-    numbers = {**average(logged), "first_mismatch": logged[0]["mismatch/max"], "rows_left_out": float(left_out)}
+    numbers = average(logged)
+    numbers["first_mismatch"] = logged[0]["mismatch/max"] if quiet is None else quiet
+    numbers["rows_left_out"] = float(len(batch.rows) - len(taught.rows))
     return {f"policy/{name}": value for name, value in numbers.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Imitated:
+    """A micro-batch of what is imitated rather than judged."""
+
+    batch: Batch
+
+    def to(self, device: torch.device | str) -> Imitated:
+        """The same on another device."""
+        return Imitated(self.batch.to(device))
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether the module, in training mode, drops a part of something at random."""
+    return any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
+
+
+@torch.no_grad()
+def mismatch_without_dropout(policy: Learner, batch: Batch, temperature: float, tokens_per_pass: int) -> float:
+    """The largest |log π - log π_sampled| in the pass with the longest rows, in evaluation mode."""
+    policy.module.eval()  # the update goes back to training mode
+    part = batch.split(tokens_per_pass)[-1].to(policy.device)
+    old = losses.require(part.logprobs, "logprobs", "The sampler must return them.")
+    found = (token_logprobs(policy.module, part, temperature=temperature) - old).abs()
+    return float(found[part.mask].max())
 
 
 def check_mismatch(found: float, allowed: float) -> None:
@@ -152,7 +207,8 @@ def check_mismatch(found: float, allowed: float) -> None:
 
 def those_that_teach(batch: Batch) -> Batch:
     """The rows in which some advantage is not zero; `denom` stays. One, the shortest, if there is none: its gradient
-    is zero, so the optimizer takes the step it would have taken."""
+    is zero, so the optimizer takes the step it would have taken. Every loss but awr is a multiple of the advantage, in
+    value and in gradient."""
     advantages = losses.require(batch.advantages, "advantages", "Set batch.advantages before the update.")
     taught_B = (batch.mask & (advantages != 0)).any(1)
     if not taught_B.any():
@@ -170,13 +226,17 @@ def passes(
     tokens_per_pass: int,
     seed: int,
     choose: Callable[[Batch], Batch] | None = None,
+    beside: Callable[[int], Iterable[Any]] = lambda version: (),
 ) -> list[dict[str, float]]:
     """One optimizer step per mini-batch, `epochs` times over all rows in a new order; what each step logged.
 
-    `choose` picks from each mini-batch the rows that are computed.
+    `choose` picks from each mini-batch the rows that are computed; `beside` gives what joins the step taken from this
+    version of the weights.
     """
     return [
-        learner.update((part if choose is None else choose(part)).split(tokens_per_pass), loss_fn)
+        learner.update(
+            [*(part if choose is None else choose(part)).split(tokens_per_pass), *beside(learner.version)], loss_fn
+        )
         for epoch in range(epochs)
         for part in batch.shuffle_split(minibatches, seed=derive_seed(seed, epoch))
     ]
@@ -185,39 +245,62 @@ def passes(
 def policy_loss(
     module: nn.Module, batch: Batch, *, settings: PolicyConfig, temperature: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Clipped surrogate or policy gradient, less the entropy bonus, plus KL to the start; a mean over tokens.
+    """What `settings.loss` names, less the entropy bonus, plus KL to the start; a mean over tokens.
 
-    The loss is divided by `batch.denom`, the statistics by `batch.counted`.
+    The loss is divided by `batch.denom`, the statistics by `batch.counted`. Where the batch has weights, entropy and KL
+    are weighed by them, as the advantages have been.
     """
     logprobs, entropy = token_logprobs_and_entropy(module, batch, temperature=temperature)
+    loss, stats = objective(logprobs, batch, settings=settings)
+    weights = 1.0 if batch.weights is None else batch.weights
+    if settings.entropy_coef:
+        loss = loss - settings.entropy_coef * weights * entropy
+    stats |= {"entropy": entropy.detach()}
+    if settings.kl_coef:
+        ref = losses.require(batch.ref_logprobs, "ref_logprobs", "kl_coef needs the starting policy's log-probs.")
+        kl = {"k2": losses.kl_k2, "k3": losses.kl_k3}[settings.kl_loss]
+        loss = loss + settings.kl_coef * weights * kl(logprobs, ref, batch.mask)
+        stats["kl_to_start"] = losses.kl_k3(logprobs, ref, batch.mask).detach()
+    return losses.token_sum(loss, batch.mask, batch.denom), losses.reduce_stats(stats, batch.mask, batch.counted)
+
+
+def objective(
+    logprobs: Float[Tensor, "B T"], batch: Batch, *, settings: PolicyConfig
+) -> tuple[Float[Tensor, "B T"], dict[str, Float[Tensor, "B T"]]]:
+    """The loss of each token that `settings.loss` names, and what to watch: of the ratio it clips, or would clip.
+
+    A sequence, to gspo, is one turn's action: what was sampled between two words of the environment.
+    """
     old = losses.require(batch.logprobs, "logprobs", "The sampler must return them.")
     advantages = losses.require(batch.advantages, "advantages", "Set batch.advantages before the update.")
-    low, high, dual = settings.clip_low, settings.clip_high, settings.dual_clip
-    clipped, stats = losses.clipped_surrogate(logprobs, old, advantages, batch.mask, low=low, high=high, dual=dual)
-    loss = clipped
+    given, low, high = (logprobs, old, advantages, batch.mask), settings.clip_low, settings.clip_high
+    if settings.loss == "gspo":
+        loss, stats = losses.gspo(*given, batch.turn, low=low, high=high, dual=settings.dual_clip)
+    elif settings.loss == "cispo":
+        loss, stats = losses.cispo(*given, low=low, high=high)
+    else:
+        loss, stats = losses.clipped_surrogate(*given, low=low, high=high, dual=settings.dual_clip)
     if settings.loss == "reinforce":
         loss = losses.reinforce(logprobs, advantages, batch.mask)
     elif settings.loss == "awr":
         loss = losses.awr(logprobs, advantages, batch.mask, beta=settings.awr_beta)
-    if settings.entropy_coef:
-        loss = loss - settings.entropy_coef * entropy
-    stats |= {"entropy": entropy.detach(), "mismatch/max": (logprobs - old).abs().detach()}
-    if settings.kl_coef:
-        ref = losses.require(batch.ref_logprobs, "ref_logprobs", "kl_coef needs the starting policy's log-probs.")
-        kl = {"k2": losses.kl_k2, "k3": losses.kl_k3}[settings.kl_loss]
-        loss = loss + settings.kl_coef * kl(logprobs, ref, batch.mask)
-        stats["kl_to_start"] = losses.kl_k3(logprobs, ref, batch.mask).detach()
-    return losses.token_sum(loss, batch.mask, batch.denom), losses.reduce_stats(stats, batch.mask, batch.counted)
+        loss = loss if batch.weights is None else loss * batch.weights
+    return loss, stats | {"mismatch/max": (logprobs - old).abs().detach()}
+
+
+def imitation_loss(module: nn.Module, batch: Batch, *, weight: float) -> tuple[Tensor, dict[str, float]]:
+    """`weight` times the mean negative log-likelihood of the batch's tokens; at temperature 1, as in fine-tuning."""
+    mean = losses.token_sum(losses.nll(token_logprobs(module, batch)), batch.mask, batch.denom)
+    return weight * mean, {"ptx_loss": mean.item()}
 
 
 @torch.no_grad()
 def reference_logprobs(
     reference: nn.Module, batch: Batch, *, temperature: float, tokens_per_pass: int
 ) -> Float[Tensor, "B T"]:
-    """log-probs of the batch's tokens under a policy that does not learn, on the CPU; adapters are off meanwhile."""
+    """log-probs of the batch's tokens under a policy that does not learn, on the CPU; adapters are as they began."""
     out = torch.zeros(batch.tokens.shape)
-    disable_adapter: Any = getattr(reference, "disable_adapter", nullcontext)
-    with disable_adapter():
+    with lora.as_it_began(reference):
         for micro in batch.split(tokens_per_pass):
             micro = micro.to(next(reference.parameters()).device)
             logprobs = token_logprobs(reference, micro, temperature=temperature)

@@ -7,17 +7,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from echelon import cli
 from echelon.envs import load_env
 from echelon.models.lm import tiny
 from echelon.train.checkpoint import Checkpoints
 from echelon.train.learner import Learner
+from tests.cli.conftest import Place, edit, says, without
 from tests.recipes.conftest import GAME, made
 
 ENV = '''\
@@ -47,28 +45,6 @@ class Own:
 '''
 
 
-@dataclass
-class Place:
-    """A working directory, and the command typed there."""
-
-    folder: Path
-    capsys: pytest.CaptureFixture[str]
-
-    def __truediv__(self, name: str) -> Path:
-        return self.folder / name
-
-    def run(self, line: str) -> tuple[int, str]:
-        """Exit status and what was said on stderr; paths in it are relative."""
-        self.capsys.readouterr()
-        status = cli.main(line.split())
-        return status, self.capsys.readouterr().err.replace(f"{self.folder.resolve()}/", "")
-
-    def files(self) -> dict[str, bytes]:
-        """Everything in the run directory `r`, its lock aside."""
-        files = (path for path in (self.folder / "r").rglob("*") if path.is_file() and path.name != ".lock")
-        return {str(path): path.read_bytes() for path in files}
-
-
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the command lines below name."""
@@ -76,33 +52,6 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made(load_env("guess_number", GAME), folder / "good", layers=1)
     prepare(folder)
     return folder
-
-
-@pytest.fixture
-def place(
-    materials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Place:
-    for path in materials.iterdir():
-        if path.is_dir():
-            (tmp_path / path.name).symlink_to(path)
-        else:
-            shutil.copy(path, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return Place(tmp_path, capsys)
-
-
-def edit(name: str, **changes: Any) -> Callable[[Path], object]:
-    """Change keys of a JSON file of the model; None removes one."""
-
-    def change(folder: Path) -> None:
-        content = {**json.loads((folder / name).read_text()), **changes}
-        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-    return change
-
-
-def without(*names: str) -> Callable[[Path], object]:
-    return lambda folder: [(folder / name).unlink() for name in names]
 
 
 def smaller(folder: Path) -> None:
@@ -249,23 +198,26 @@ TABLE = [
     ),
     # data
     (
-        "sft --model.path good --out r --data nothing.jsonl",
+        "sft --model.path good --out r --data.path nothing.jsonl",
         "data = nothing.jsonl: there is no such file. Give a JSONL file with one conversation per line.",
     ),
     (
-        "sft --model.path good --out r --data none.jsonl",
+        "sft --model.path good --out r --data.path none.jsonl",
         "none.jsonl holds no conversation. Put one JSON object with 'messages' on each line.",
     ),
-    ("sft --model.path good --out r --data torn.jsonl", "torn.jsonl:1: not a conversation (JSONDecodeError: …"),
+    ("sft --model.path good --out r --data.path torn.jsonl", "torn.jsonl:1: not a conversation (JSONDecodeError: …"),
     (
-        "sft --model.path good --out r --data keys.jsonl",
+        "sft --model.path good --out r --data.path keys.jsonl",
         f"keys.jsonl:1: not a conversation (KeyError: 'messages'). {NOT_CONVERSATION}",
     ),
     (
-        "sft --model.path good --out r --data silent.jsonl",
+        "sft --model.path good --out r --data.path silent.jsonl",
         "silent.jsonl:1: no message is the assistant's, so there is nothing to learn from. Remove the line.",
     ),
-    ("sft --model.path good --out r --data long.jsonl --max-tokens 64", "long.jsonl: the longest conversation has …"),
+    (
+        "sft --model.path good --out r --data.path long.jsonl --max-tokens 64",
+        "long.jsonl: the longest conversation has …",
+    ),
     # runs
     (
         f"{GRPO} --resume",
@@ -284,11 +236,7 @@ def test_one_line_says_what_is_wrong_and_nothing_is_written(place: Place, line: 
     """`…` at the end of a message stands for any end of the line."""
     status, said = place.run(line)
     assert status == 2
-    assert said.count("\n") == 1
-    if message.endswith("…"):
-        assert said.startswith(message[:-1])
-    else:
-        assert said == f"{message}\n"
+    assert says(said, message), said
     assert not (place / "r").exists()
 
 

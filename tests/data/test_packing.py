@@ -9,7 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echelon.data.packing import Batch, Sampled, group_rows, pack, pack_branches, pack_siblings, pack_transitions, pad
+from echelon.data.packing import (
+    Batch,
+    Sampled,
+    group_rows,
+    pack,
+    pack_branches,
+    pack_documents,
+    pack_siblings,
+    pack_transitions,
+    pad,
+)
 from echelon.data.replay import Transition, transitions
 from echelon.text.chat import Example
 from echelon.types import Episode, Turn
@@ -88,6 +98,48 @@ def test_branches_share_the_states_and_see_only_their_own() -> None:
         [1, 1, 0, 0, 0, 1, 0],
         [1, 1, 0, 0, 0, 1, 1],
     ]
+
+
+def test_documents_fill_rows_longest_first_and_see_only_themselves() -> None:
+    """Documents of 6, 2, 3 and 1 tokens in rows of at most 8: 6 + 2 and 3 + 1."""
+    batch = pack_documents([*CHAIN, OTHER, said([9, 10], [11]), said([], [12])], max_tokens=8)
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 0, 0, 0, 0]]
+    assert batch.lengths.tolist() == [8, 4]
+    assert batch.turn.tolist() == [[-1, -1, 0, 0, -1, 1, -1, 2], [-1, -1, 3, 4, -1, -1, -1, -1]]
+    assert batch.positions is not None
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1], [0, 1, 2, 0, 0, 0, 0, 0]]
+    assert (batch.row_N.tolist(), batch.state_N.tolist()) == ([0, 0, 0, 1, 1], [1, 4, 6, 1, 2])
+    assert batch.denom == 6.0
+    visible = batch.sees()
+    assert visible is not None
+    assert visible[0].int().tolist() == torch.block_diag(torch.ones(6, 6), torch.ones(2, 2)).tril().int().tolist()
+    one = torch.ones(1, 1)  # padding sees itself, since a token that sees nothing is not a number
+    assert visible[1].int().tolist() == torch.block_diag(torch.ones(3, 3), *[one] * 5).tril().int().tolist()
+
+
+def test_plain_rows_need_no_word_about_who_sees_whom() -> None:
+    assert pack(CHAIN).sees() is None
+    branches = pack_branches(CHAIN)
+    assert branches.sees() is branches.visible
+
+
+def test_a_document_longer_than_a_row_has_one_of_its_own() -> None:
+    batch = pack_documents([said([1, 2, 3], [4, 5]), said([6], [7]), said([8], [9])], max_tokens=4)
+    assert batch.lengths.tolist() == [5, 4]
+
+
+@few
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(40, 80))
+def test_rows_of_documents_keep_every_token_within_the_limit_and_no_two_fit_together(
+    lengths: list[int], max_tokens: int
+) -> None:
+    documents = [said([number] * (length - 1), [number]) for number, length in enumerate(lengths, 1)]
+    batch = pack_documents(documents, max_tokens=max_tokens)
+    assert int(batch.lengths.sum()) == sum(lengths)
+    assert int(batch.lengths.max()) <= max_tokens
+    assert all(a + b > max_tokens for a, b in zip(batch.lengths[:-1].tolist(), batch.lengths[1:].tolist(), strict=True))
+    ends = batch.tokens[batch.row_N, batch.last_N]
+    assert ends.tolist() == list(range(1, len(lengths) + 1))
 
 
 def test_states_that_are_no_prefixes_of_each_other_branch_in_rows_of_their_own() -> None:

@@ -116,7 +116,11 @@ BROKEN = [
     ({"start": lambda self: [{"role": "user"}]}, f"start() gave the message {{'role': 'user'}}. {NEEDS}"),
     ({"start": lambda self: ASSISTANT}, f"start() ends with an assistant message. {END}"),
     ({"step": returning(None)}, "step() returned None. It must return an echelon.types.Step."),
-    ({"step": returning(Step())}, f"step() returned no message though the episode goes on. {SPEAK}"),
+    (
+        {"step": returning(Step())},
+        f"step() returned no message though the episode goes on. {SPEAK[:-1]}, unless the environment says with "
+        "stop_when() where one utterance of a message ends.",
+    ),
     ({"step": returning(Step(ASSISTANT))}, f"step() ends with an assistant message. {END}"),
     ({"step": returning(Step([{"role": "user", "content": 3}]))},
      f"step() gave the message {{'role': 'user', 'content': 3}}. {NEEDS}"),

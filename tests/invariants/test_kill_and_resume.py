@@ -31,7 +31,7 @@ FLAGS = {
     "archer": [*PLAYS, *FEW, "--critic-updates", "3", "--critic-episodes", "4", "--actor-episodes", "8"],
     "ppo": [*PLAYS, *FEW],
     "grpo": [*PLAYS, "--tasks-per-step", "2", "--group-size", "4"],
-    "sft": ["--conversations-per-step", "8"],
+    "sft": ["--rows-per-step", "8"],
 }
 
 
@@ -62,7 +62,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     model = taught(untrained, games, folder / "run", epochs=8)
     common = ["--threads", "1", "--save-every", "1", "--model.path"]
     plays = {name: [name, *common, str(model), *flags] for name, flags in FLAGS.items() if name != "sft"}
-    return {**plays, "sft": ["sft", *common, str(untrained), "--data", str(games), *FLAGS["sft"]]}
+    return {**plays, "sft": ["sft", *common, str(untrained), "--data.path", str(games), *FLAGS["sft"]]}
 
 
 @pytest.fixture(scope="module")

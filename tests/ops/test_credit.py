@@ -12,6 +12,7 @@ from echelon.ops.credit import (
     discounted_returns,
     gae,
     group_baseline,
+    overlong_penalty,
     token_gae,
     turn_gae,
     turn_returns,
@@ -196,9 +197,27 @@ def test_one_call_per_algorithm():
     torch.testing.assert_close(rloo, torch.tensor([0.75, -0.5, -0.5, 0.75, -0.5]))
 
 
+def test_the_deviation_of_the_batch_is_that_of_all_rewards():
+    """Two groups with means 2 and 12, deviations √2 and √8; all four together have mean 7 and variance 110/3."""
+    rewards, keys = torch.tensor([1.0, 3.0, 10.0, 14.0]), ["a", "a", "b", "b"]
+    unit = math.sqrt((36 + 16 + 9 + 49) / 3)
+    expected = torch.tensor([-1.0, 1.0, -2.0, 2.0]) / unit
+    torch.testing.assert_close(group_baseline(rewards, keys, scale="batch_std"), expected, atol=1e-5, rtol=1e-5)
+    one_key = group_baseline(rewards, SAME[:4], scale="batch_std")
+    torch.testing.assert_close(one_key, group_baseline(rewards, SAME[:4], scale="std"))
+
+
+def test_being_long_costs_more_and_more():
+    """Ten tokens are allowed, the last four cost."""
+    lengths = torch.tensor([1, 6, 7, 8, 10, 11, 99])
+    assert overlong_penalty(lengths, longest=10, cache=4).tolist() == [0, 0, 0.25, 0.5, 1, 1, 1]
+    with pytest.raises(AssertionError, match="the last 0 of 10"):
+        overlong_penalty(lengths, longest=10, cache=0)
+
+
 def test_a_group_of_one_gets_nothing():
     rewards, keys = torch.tensor([1.0, 5.0, 0.0]), ["a", "alone", "a"]
-    for scale in ("none", "std"):
+    for scale in ("none", "std", "batch_std"):
         for leave_one_out in (False, True):
             assert group_baseline(rewards, keys, scale=scale, leave_one_out=leave_one_out)[1] == 0
 
@@ -223,7 +242,7 @@ def test_tensors_as_keys_are_refused():
 
 @given(
     st.lists(st.tuples(numbers, st.sampled_from(["a", ("b", 1), None])), min_size=1, max_size=15),
-    st.sampled_from(["none", "std"]),
+    st.sampled_from(["none", "std", "batch_std"]),
     st.booleans(),
     st.randoms(use_true_random=False),
 )
@@ -234,7 +253,8 @@ def test_group_baseline_is_a_loop_over_a_dict(items, scale, leave_one_out, rando
         group = [rewards[j] for j in range(len(keys)) if keys[j] == key]
         others = [rewards[j] for j in range(len(keys)) if keys[j] == key and j != i]
         advantage = rewards[i] - statistics.fmean(others if leave_one_out else group) if others else 0.0
-        divisor = statistics.stdev(group) + 1e-6 if scale == "std" and others else 1.0
+        deviating = {"none": [], "std": group, "batch_std": rewards}[scale]
+        divisor = statistics.stdev(deviating) + 1e-6 if len(deviating) > 1 else 1.0
         expected.append(advantage / divisor)
     x = torch.tensor(rewards, dtype=torch.float64)
     got = group_baseline(x, keys, scale=scale, leave_one_out=leave_one_out)

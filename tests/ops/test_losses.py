@@ -75,6 +75,99 @@ def test_a_clipped_token_has_no_gradient():
     assert logprobs.grad.tolist() == [0, 0, 0]
 
 
+def cispo_of_ratio(ratio: float, advantage: float, **options):
+    old = torch.tensor(-2.0)
+    loss, stats = losses.cispo(old + math.log(ratio), old, torch.tensor(advantage), **options)
+    return loss.item(), stats["clipped"].item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "bounds", "weight", "clipped"),
+    [
+        (2.0, 1.0, {}, 2.0, 0),
+        (8.0, 1.0, {}, 5.0, 1),
+        (8.0, -1.0, {}, 5.0, 1),
+        (0.1, -3.0, {}, 0.1, 0),
+        (0.5, 2.0, {"low": 0.2, "high": 0.3}, 0.8, 1),
+        (1.5, 2.0, {"low": 0.2, "high": 0.3}, 1.3, 1),
+    ],
+)
+def test_cispo_by_hand(ratio, advantage, bounds, weight, clipped):
+    logprob = -2.0 + math.log(ratio)
+    assert cispo_of_ratio(ratio, advantage, **bounds) == (pytest.approx(-weight * advantage * logprob), clipped)
+
+
+def test_a_weight_at_its_bound_still_teaches():
+    """Where the clipped surrogate has no gradient left, cispo has the policy gradient times the bound."""
+    logprobs = tensor(math.log(8.0), requires_grad=True)
+    losses.cispo(logprobs, tensor(0.0), tensor(2.0))[0].sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx([-10.0])
+
+
+ROWS = torch.tensor([[True, True, False, True], [False, True, True, True]])
+SEQUENCE = torch.tensor([[0, 0, -1, 2], [-1, 1, 1, 1]])
+"""Four positions in two rows; the first row has two sequences."""
+
+
+def test_sequence_means_by_hand():
+    x = tensor([1.0, 3.0, math.nan, 5.0], [math.inf, 2.0, 3.0, 7.0])
+    assert losses.sequence_means(x, ROWS, SEQUENCE).tolist() == [[2, 2, 0, 5], [0, 4, 4, 4]]
+
+
+def test_gspo_by_hand():
+    """Of the first sequence s = √(2·½) = 1, though both its tokens are far from a ratio of 1; of the second √(2·8) = 4."""
+    logprobs = tensor([math.log(2), math.log(0.5), 9.0, 0.0], [9.0, 0.0, math.log(2), math.log(8)])
+    sequence = torch.tensor([[0, 0, -1, 2], [-1, 3, 1, 1]])
+    loss, stats = losses.gspo(logprobs, torch.zeros(2, 4), torch.full((2, 4), 3.0), ROWS, sequence, low=0.2, high=0.5)
+    torch.testing.assert_close(loss, tensor([-3.0, -3.0, 0.0, -3.0], [0.0, -3.0, -4.5, -4.5]))
+    assert stats["clipped"].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1]]
+    assert stats["ratio"][ROWS].tolist() == pytest.approx([1, 1, 1, 1, 4, 4])
+    assert stats["kl"][0, 0].item() == pytest.approx(1 - math.log(2))
+
+
+@st.composite
+def sequences(draw):
+    """Per sequence: its advantage, and (log-prob now, then) of each token; and which row holds it."""
+    lengths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    pair = st.tuples(numbers, numbers)
+    return [(draw(numbers), draw(st.lists(pair, min_size=n, max_size=n)), draw(st.integers(0, 2))) for n in lengths]
+
+
+@given(sequences(), st.sampled_from([None, 3.0]))
+def test_gspo_is_a_loop_over_sequences(drawn, dual):
+    """Value and gradient of the mean over tokens in each sequence: those of −min(sA, clip(s)A)."""
+    width = sum(len(pairs) + 1 for _, pairs, _ in drawn)
+    new, old, advantages = (torch.zeros(3, width, dtype=torch.float64) for _ in range(3))
+    mask, sequence = torch.zeros(3, width, dtype=torch.bool), torch.full((3, width), -1)
+    free, expected, at = [0, 0, 0], [], []
+    for number, (advantage, pairs, row) in enumerate(drawn):
+        place = slice(free[row], free[row] + len(pairs))
+        free[row] = place.stop + 1
+        new[row, place], old[row, place] = torch.tensor(pairs, dtype=torch.float64).T
+        advantages[row, place], sequence[row, place], mask[row, place] = advantage, number, True
+        at.append((row, place))
+    new.requires_grad_()
+    for (advantage, _, _), place in zip(drawn, at, strict=True):
+        s = (new[place] - old[place]).mean().exp()
+        loss = -torch.minimum(s * advantage, s.clamp(0.8, 1.3) * advantage)
+        expected.append(torch.minimum(loss, s * 0 - dual * advantage) if dual and advantage < 0 else loss)
+    found, _ = losses.gspo(new, old, advantages, mask, sequence, low=0.2, high=0.3, dual=dual)
+    means = torch.stack([found[place].mean() for place in at])
+    torch.testing.assert_close(means, torch.stack(expected))
+    for one, other in zip(means, expected, strict=True):
+        gradients = [torch.autograd.grad(loss, new, retain_graph=True)[0] for loss in (one, other)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_gspo_gives_a_token_its_own_advantage():
+    """GSPO-token: the ratio is the sequence's, the advantage the token's."""
+    logprobs = tensor([0.0, 0.0], requires_grad=True)
+    pair, both = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool)
+    loss, _ = losses.gspo(logprobs, torch.zeros(1, 2), tensor([1.0, -2.0]), both, pair)
+    loss.sum().backward()
+    assert logprobs.grad.tolist() == [[-1.0, 2.0]]
+
+
 def test_absurd_ratios_stay_finite():
     logprobs = tensor(500.0, 500.0, -500.0, requires_grad=True)
     loss, stats = losses.clipped_surrogate(logprobs, torch.zeros(3), tensor(1.0, -1.0, 1.0))
@@ -168,6 +261,7 @@ def test_targets_and_advantages_are_constants():
         + losses.squared_error(moving, constant)
         + losses.clipped_value(moving, constant, constant)
         + losses.clipped_surrogate(moving, constant, constant)[0]
+        + losses.cispo(moving, constant, constant)[0]
     )
     total.sum().backward()
     assert constant.grad is None
@@ -222,6 +316,8 @@ def test_statistics_add_up_and_maxima_are_maximised():
 MASKED_LOSSES = {
     "reinforce": (losses.reinforce, 2),
     "clipped_surrogate": (lambda *x: losses.clipped_surrogate(*x, dual=3.0)[0], 3),
+    "cispo": (lambda *x: losses.cispo(*x)[0], 3),
+    "gspo": (lambda *x: losses.gspo(*x, torch.tensor([[0, -1, 0], [-1, -1, 1], [-1, -1, -1]]))[0], 3),
     "awr": (losses.awr, 2),
     "squared_error": (losses.squared_error, 2),
     "clipped_value": (losses.clipped_value, 3),

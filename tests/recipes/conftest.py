@@ -117,8 +117,8 @@ def made(env: EnvSpec, folder: Path, *, layers: int) -> Path:
 
 
 def taught(model: Path, data: Path, out: Path, *, epochs: int) -> Path:
-    words = ["sft", "--model.path", str(model), "--data", str(data), "--out", str(out), "--threads", "1"]
-    words += ["--epochs", str(epochs), "--conversations-per-step", "8", "--optim.lr", "1e-2"]
+    words = ["sft", "--model.path", str(model), "--data.path", str(data), "--out", str(out), "--threads", "1"]
+    words += ["--epochs", str(epochs), "--rows-per-step", "8", "--optim.lr", "1e-2"]
     assert cli.main(words) == 0
     return find_checkpoint(out)
 

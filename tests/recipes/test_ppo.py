@@ -44,6 +44,11 @@ def value(untrained: Path) -> Learner:
     return Learner(module, OptimConfig())
 
 
+def earned(batch: Batch, played: list[Episode]) -> torch.Tensor:
+    """What the environment gave, on the last token of each turn."""
+    return batch.at_end(torch.tensor([turn.reward for episode in played for turn in episode.turns]))
+
+
 def sampled(batch: Batch, x_BT: torch.Tensor) -> list[float]:
     return x_BT[batch.mask].tolist()
 
@@ -51,7 +56,7 @@ def sampled(batch: Batch, x_BT: torch.Tensor) -> list[float]:
 def test_a_terminated_episode_is_worth_what_it_earned_and_nothing_after(value: Learner) -> None:
     played = [two_turns("terminated")]
     batch = pack(played[0].turns)
-    columns, _ = judge(config(lam=1.0), value, batch, played)
+    columns, _ = judge(config(lam=1.0), value, batch, played, earned(batch, played))
     assert sampled(batch, batch.returns) == [3.0, 3.0, 2.0, 2.0, 2.0]
     assert sampled(batch, batch.advantages) == [-2.0, -2.0, -3.0, -3.0, -3.0]
     assert columns["value"].tolist() == [5.0, 5.0]
@@ -61,16 +66,16 @@ def test_a_terminated_episode_is_worth_what_it_earned_and_nothing_after(value: L
 def test_a_truncated_episode_bootstraps_from_the_state_it_was_cut_off_in(value: Learner) -> None:
     played = [two_turns("truncated")]
     batch = pack(played[0].turns)
-    judge(config(lam=1.0), value, batch, played)
+    judge(config(lam=1.0), value, batch, played, earned(batch, played))
     assert sampled(batch, batch.returns) == [8.0, 8.0, 7.0, 7.0, 7.0]
 
 
 def test_gae_counts_sampled_tokens_and_skips_what_the_environment_said(value: Learner) -> None:
     played = [two_turns("terminated")]
     batch = pack(played[0].turns)
-    judge(config(gamma=0.5, lam=0.0), value, batch, played)
+    judge(config(gamma=0.5, lam=0.0), value, batch, played, earned(batch, played))
     assert sampled(batch, batch.returns) == [2.5, 1 + 2.5, 2.5, 2.5, 2.0]  # r + half of the next V
-    judge(config(gamma=0.5, lam=1.0), value, batch, played)
+    judge(config(gamma=0.5, lam=1.0), value, batch, played, earned(batch, played))
     assert sampled(batch, batch.returns) == [0.5 * 1.25, 1 + 0.5 * 0.5, 0.5, 1.0, 2.0]
 
 
@@ -98,7 +103,9 @@ def test_final_values_are_read_after_the_last_token_of_each_cut_off_state(untrai
 def test_whitened_advantages_have_mean_0_and_deviation_1_over_sampled_tokens(value: Learner) -> None:
     played = [two_turns("terminated"), two_turns("truncated")]
     batch = pack([turn for episode in played for turn in episode.turns])
-    columns, metrics = judge(Config(out="x", env="x", model=ModelConfig("x")), value, batch, played)
+    columns, metrics = judge(
+        Config(out="x", env="x", model=ModelConfig("x")), value, batch, played, earned(batch, played)
+    )
     advantages = torch.tensor(sampled(batch, batch.advantages))
     assert advantages.mean().item() == pytest.approx(0, abs=1e-6)
     assert advantages.std().item() == pytest.approx(1, rel=1e-5)
@@ -109,7 +116,7 @@ def test_whitened_advantages_have_mean_0_and_deviation_1_over_sampled_tokens(val
 def test_the_value_model_starts_at_the_mean_return() -> None:
     played = [two_turns("terminated"), two_turns("truncated")]
     batch = pack([turn for episode in played for turn in episode.turns])
-    assert mean_return(config(), batch, played) == pytest.approx((2 * 3 + 3 * 2) / 5)
+    assert mean_return(config(), batch, earned(batch, played)) == pytest.approx((2 * 3 + 3 * 2) / 5)
 
 
 def test_the_value_loss_is_half_the_square_and_its_clipped_form_the_worse_of_two(value: Learner) -> None:

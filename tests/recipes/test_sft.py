@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
 
-from echelon import cli
-from echelon.data.packing import pack
+from echelon.config import OptimConfig
+from echelon.data.packing import group_rows, pack, pack_documents
+from echelon.envs import load_env
+from echelon.errors import DataError
 from echelon.models.lm import load_lm, load_tokenizer
-from echelon.recipes.sft import loss_fn
-from echelon.text.chat import Renderer
+from echelon.recipes import sft
+from echelon.recipes.sft import evaluate, loss_fn, perplexity, shorten, whole
+from echelon.text.chat import PLAIN_CHAT_TEMPLATE, Example, Renderer
 from echelon.train.checkpoint import find_checkpoint
+from echelon.train.learner import Learner
+from echelon.types import Message
+from tests.parity.architectures import VOCABULARY, model
+from tests.recipes.conftest import GAME, recorded
 
-FEW = ("--epochs", 1, "--conversations-per-step", 16)
+FEW = ("--epochs", 1, "--rows-per-step", 16)
 
 
 @pytest.fixture
 def told(untrained: Path, conversations: Path) -> list[str]:
-    return ["--model.path", str(untrained), "--data", str(conversations)]
+    return ["--model.path", str(untrained), "--data.path", str(conversations)]
 
 
 def test_a_run_learns_and_leaves_a_model_that_loads(train, told: list[str]) -> None:
-    run = train("sft", *told, "--epochs", 4, "--conversations-per-step", 8, "--optim.lr", 1e-2)
+    run = train("sft", *told, "--epochs", 4, "--rows-per-step", 8, "--optim.lr", 1e-2)
     rows = run.rows()
     assert [row["step"] for row in rows] == list(range(20))
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
@@ -81,42 +95,312 @@ def test_a_dry_run_prints_sizes_and_writes_nothing(train, told: list[str], capsy
     assert not run.out.exists()
 
 
+def conversation(*said: str) -> list[Message]:
+    """What the user and the assistant say in turn."""
+    roles = ("user", "assistant")
+    return [{"role": roles[place % 2], "content": content} for place, content in enumerate(said)]
+
+
+def written(path: Path, *conversations: list[Message]) -> Path:
+    """A file of conversations."""
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
+    return path
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Games that nobody trains on."""
+    return recorded(load_env("guess_number", GAME), ("optimal",), 12, tmp_path_factory.mktemp("held") / "games.jsonl")
+
+
+def documents(seed: int = 0) -> list[list[Example]]:
+    """Conversations of random tokens, some with several turns, of 4 to 40 tokens."""
+    draw = random.Random(seed)
+
+    def ids(most: int) -> list[int]:
+        return [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(2, most))]
+
+    found = []
+    for _ in range(9):
+        prompt, turns = ids(12), []
+        for _ in range(draw.choice([1, 1, 2])):
+            turns.append(Example(prompt, ids(8)))
+            prompt = [*prompt, *turns[-1].action, *ids(6)]
+        found.append(turns)
+    return found
+
+
+def loss_and_gradient(module: Any, batch: Any) -> tuple[float, list[Tensor]]:
+    module.zero_grad()
+    total = 0.0
+    for micro in batch.split(96):
+        loss, _ = loss_fn(module, micro)
+        loss.backward()
+        total += loss.item()
+    return total, [parameter.grad.clone() for parameter in module.parameters() if parameter.grad is not None]
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "there is no such file. Give a JSONL file with one conversation per line."),
-        ("\n\n", "holds no conversation. Put one JSON object with 'messages' on each line."),
-        ('{"messages": [\n', "data.jsonl:1: not a conversation (JSONDecodeError"),
-        ('{"prompt": "Hello"}\n', "data.jsonl:1: not a conversation (KeyError: 'messages')."),
-        ('\n{"messages": [{"role": "user", "content": "Hello"}]}\n', "data.jsonl:2: no message is the assistant's"),
-    ],
+    "name", ["Llama", "Llama, eager", "GPT-2", "Mistral, sliding", "Gemma 2, mixed, soft-capped", "Mixtral"]
 )
-def test_data_that_cannot_be_used_is_named_in_one_line(
-    text: str | None, message: str, untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("learn", ["completions", "everything"])
+def test_packed_documents_have_the_losses_and_gradients_of_rows_of_their_own(name: str, learn: str) -> None:
+    module, rows = model(name), documents()
+    turns = [example for row in rows for example in (row if learn == "completions" else [whole(row)])]
+    plain, packed = pack(turns), pack_documents(turns, max_tokens=64)
+    assert len(packed.tokens) < len(plain.tokens) == 9
+    assert packed.denom == plain.denom
+    loss, gradient = loss_and_gradient(module, plain)
+    again, same = loss_and_gradient(module, packed)
+    module.zero_grad()
+    assert again == pytest.approx(loss, rel=1e-5)
+    largest = max(float(part.abs().max()) for part in gradient)
+    torch.testing.assert_close(same, gradient, rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_a_packed_run_learns_what_an_unpacked_one_does(train, told: list[str]) -> None:
+    flags = (*told, *FEW, "--max-tokens", 128, "--epochs", 2)
+    for learn in ("completions", "everything"):
+        plain = train("sft", *flags, "--learn", learn, name=f"plain {learn}")
+        packed = train("sft", *flags, "--learn", learn, "--packing", name=f"packed {learn}")
+        for one, other in zip(plain.rows(), packed.rows(), strict=True):
+            assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_model_that_takes_no_masks_is_not_packed(train, told: list[str], monkeypatch, capsys) -> None:
+    def refuse(module: Any) -> None:
+        raise DataError("cannot")
+
+    monkeypatch.setattr(sft, "check_masks", refuse)
+    train("sft", *told, "--packing", status=2)
+    assert capsys.readouterr().err == (
+        "packing = true: LlamaForCausalLM cannot be told by masks and positions which tokens see which, so "
+        "conversations in one row would read each other. Leave packing out, or use another architecture.\n"
+    )
+
+
+def test_everything_learned_is_the_loss_that_the_model_itself_computes(untrained: Path) -> None:
+    module, tokenizer = load_lm(str(untrained), device="cpu"), load_tokenizer(str(untrained))
+    row = Renderer(tokenizer).examples(conversation("Guess.", "2", "Higher.", "3"))
+    batch = pack([whole(row)])
+    loss, stats = loss_fn(module, batch)
+    ids = torch.tensor([row[-1].prompt + row[-1].action])
+    assert loss.item() == pytest.approx(module(input_ids=ids, labels=ids).loss.item(), rel=1e-6)
+    assert stats == {"tokens": ids.shape[1] - 1}
+    assert batch.tokens.tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("learn", ["completions", "everything"])
+def test_the_end_of_every_answer_is_learned(learn: str, untrained: Path) -> None:
+    tokenizer = load_tokenizer(str(untrained))
+    row = Renderer(tokenizer).examples(conversation("Guess.", "2", "Higher.", "3"))
+    batch = pack(row if learn == "completions" else [whole(row)])
+    ends = (batch.tokens == tokenizer.eos_token_id) & batch.mask
+    assert ends[0, [len(example.prompt) + len(example.action) - 1 for example in row]].tolist() == [True, True]
+    assert int(ends.sum()) == (2 if learn == "completions" else 4), "a user's message ends with the same token here"
+
+
+def test_held_out_loss_weighs_every_token_the_same_however_rows_share_passes(untrained: Path) -> None:
+    module, tokenizer = load_lm(str(untrained), device="cpu"), load_tokenizer(str(untrained))
+    said = [("Guess.", "2"), ("Guess.", "1 or 4, I think", "No.", "3"), ("Now?", "4")]
+    rows = [Renderer(tokenizer).examples(conversation(*words)) for words in said]
+    nll, count = 0.0, 0
+    for example in (example for row in rows for example in row):
+        ids = torch.tensor([example.prompt + example.action])
+        labels = ids.clone()
+        labels[0, : len(example.prompt)] = -100
+        nll += module(input_ids=ids, labels=labels).loss.item() * len(example.action)
+        count += len(example.action)
+    learner = Learner(module, OptimConfig(), name="actor")
+    for budget in (4096, 16):
+        measured = evaluate(learner, rows, budget)
+        assert measured == pytest.approx({"eval/loss": nll / count, "eval/perplexity": math.exp(nll / count)}, rel=1e-5)
+    assert len(group_rows([len(row[-1].prompt) + len(row[-1].action) for row in rows], 16)) > 1
+    assert not module.training, "dropout is off"
+    assert perplexity(1e6) == math.inf
+
+
+def test_evaluations_come_when_they_are_due_and_the_best_is_a_folder_that_loads(
+    train, told: list[str], held_out: Path
 ) -> None:
-    if text is not None:
-        (tmp_path / "data.jsonl").write_text(text)
-    words = [
-        "sft",
-        "--model.path",
-        str(untrained),
-        "--data",
-        str(tmp_path / "data.jsonl"),
-        "--out",
-        str(tmp_path / "o"),
+    flags = ("--epochs", 4, "--rows-per-step", 8, "--optim.lr", 1e-2)
+    run = train("sft", *told, *flags, "--data.eval-path", held_out, "--eval-every", 6, "--eval-first")
+    measured = {(row["step"], "loss" in row): row["eval/loss"] for row in run.rows() if "eval/loss" in row}
+    assert list(measured) == [(0, False), (5, True), (11, True), (15, True)]
+    lowest = min(measured.values())
+    assert lowest < 0.7 * measured[0, False]
+    folder = run.out / "best"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    rows = [Renderer(tokenizer).examples(json.loads(line)["messages"]) for line in held_out.read_text().splitlines()]
+    assert evaluate(Learner(module, OptimConfig()), rows, 512)["eval/loss"] == pytest.approx(lowest, rel=1e-5)
+
+
+def test_it_stops_before_it_has_learned_the_rows_by_heart(train, untrained: Path, tmp_path: Path, capsys) -> None:
+    """Answers that are drawn at random can be remembered and not foretold."""
+    draw = random.Random(0)
+    games = [conversation(f"Number {draw.randrange(1000)}?", str(draw.randint(1, 4))) for _ in range(40)]
+    flags = ["--model.path", untrained, "--data.path", written(tmp_path / "a.jsonl", *games[:20])]
+    flags += ["--data.eval-path", written(tmp_path / "b.jsonl", *games[20:]), "--rows-per-step", 20, "--epochs", 60]
+    run = train("sft", *flags, "--eval-every", 4, "--patience", 3, "--optim.lr", 1e-2, "--save-every", 0)
+    losses = {row["step"] + 1: row["eval/loss"] for row in run.rows() if "eval/loss" in row}
+    lowest = min(losses, key=losses.__getitem__)
+    assert 4 < lowest < 45
+    assert len(run.rows()) == lowest + 12, "three evaluations later"
+    newest = sorted((run.out / "checkpoints").iterdir())[-1]
+    assert newest.name == f"step_{lowest + 12:06d}"
+    assert f"evaluations. The lowest was {losses[lowest]:.4g} after {lowest} steps" in capsys.readouterr().out
+    best, last = load_file(run.out / "best/model.safetensors"), load_file(newest / "actor/model.safetensors")
+    assert not all(best[name].equal(last[name]) for name in best)
+    kept = load_file(run.out / f"checkpoints/step_{lowest:06d}/actor/model.safetensors")
+    assert_close(best, kept, 0)
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_killed_around_an_evaluation_and_resumed_nothing_is_lost(
+    train, told: list[str], held_out: Path, killed_at, at: int
+) -> None:
+    """With an adapter that drops a part of its inputs: dropout is repeated too."""
+    flags = [*told, *FEW, "--epochs", 3, "--save-every", 2, "--data.eval-path", held_out, "--eval-every", 2]
+    flags += ["--patience", 2, "--packing", "--max-tokens", 256, "--lora.rank", 4, "--lora.dropout", 0.3]
+    left = train("sft", *flags, name="whole")
+    killed_at(at)
+    train("sft", *flags, name="killed", status=130)
+    killed_at(-1)
+    torch.manual_seed(99)
+    resumed = train("sft", *flags, "--resume", name="killed")
+    assert len(left.rows()) == 6
+    assert resumed.rows() == left.rows()
+    for part in ("best", f"checkpoints/{sorted((left.out / 'checkpoints').iterdir())[-1].name}/actor"):
+        one, other = (load_file(run.out / part / "adapter_model.safetensors") for run in (left, resumed))
+        assert_close(one, other, 0)
+
+
+def test_an_adapter_learns_and_is_what_is_saved(train, told: list[str], held_out: Path, untrained: Path) -> None:
+    flags = ("--epochs", 4, "--rows-per-step", 8, "--optim.lr", 1e-2, "--lora.rank", 4, "--data.eval-path", held_out)
+    run = train("sft", *told, *flags)
+    assert run.rows()[-1]["loss"] < run.rows()[0]["loss"] - 0.4
+    base = transformers.AutoModelForCausalLM.from_pretrained(untrained)
+    module = peft.PeftModel.from_pretrained(base, run.out / "best", is_trainable=True)
+    rows = [
+        Renderer(load_tokenizer(str(run.out / "best"))).examples(json.loads(line)["messages"])
+        for line in held_out.read_text().splitlines()
     ]
-    assert cli.main(words) == 2
-    assert message in capsys.readouterr().err
+    loss = evaluate(Learner(module, OptimConfig()), rows, 512)["eval/loss"]
+    assert loss == pytest.approx(run.rows()[-1]["eval/loss"], rel=1e-4)
 
 
-def test_a_conversation_longer_than_a_row_is_refused_not_cut(
+@pytest.mark.learning
+def test_held_out_perplexity_falls_to_a_hundredth(train, untrained: Path, tmp_path: Path) -> None:
+    """Seeds 0 to 2, from 300 (random weights): say the last of three digits, for triples that were not seen."""
+    draw = random.Random(0)
+    triples = [[str(draw.randrange(10)) for _ in range(3)] for _ in range(300)]
+    data = written(tmp_path / "digits.jsonl", *[conversation("".join(digits), digits[-1]) for digits in triples])
+    flags = ["--model.path", untrained, "--data.path", data, "--data.eval-fraction", 0.3, "--eval-first"]
+    for seed in range(3):
+        run = train("sft", *flags, "--seed", seed, "--epochs", 20, "--optim.lr", 1e-2, name=f"seed {seed}")
+        measured = [row["eval/perplexity"] for row in run.rows() if "eval/perplexity" in row]
+        assert min(measured) < 0.01 * measured[0]
+
+
+def test_a_base_model_is_given_a_template_that_later_stages_find(
     train, untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    messages = [{"role": "user", "content": "Guess."}, {"role": "assistant", "content": "1 2 3 4 " * 9}]
-    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": messages}))
-    flags = ("--model.path", untrained, "--data", tmp_path / "data.jsonl", "--max-tokens", 32)
+    base = tmp_path / "base"
+    load_lm(str(untrained), device="cpu").save_pretrained(base)
+    tokenizer = load_tokenizer(str(untrained))
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(base)
+    data = written(tmp_path / "data.jsonl", *[conversation("Guess.", "2", "Higher.", "3")] * 8)
+    flags = ("--model.path", base, "--data.path", data)
+    run = train("sft", *flags, "--data.eval-path", written(tmp_path / "held.jsonl", conversation("Guess.", "2")))
+    assert capsys.readouterr().err == f"{base} has no chat template: it is given one with Question: and Answer:\n"
+    for folder in (find_checkpoint(run.out), run.out / "best"):
+        assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == PLAIN_CHAT_TEMPLATE
+    train("sft", "--model.path", run.out, "--data.path", data, name="again")
+    assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_be_used_is_named_in_one_line(
+    train, untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"texts": "Hello"}\n')
+    train("sft", "--model.path", untrained, "--data.path", file, status=2)
+    assert capsys.readouterr().err.startswith(f"{file}:1: the columns ")
+
+
+def example(prompt: list[int], action: list[int]) -> Example:
+    return Example(prompt, action)
+
+
+TALK = [example([1, 2], [3, 4]), example([1, 2, 3, 4, 5], [6, 7]), example([1, 2, 3, 4, 5, 6, 7, 8], [9])]
+"""1 2 is the instruction; 3 4 is answered by 5, 6 7 by 8, and 9 is the last answer."""
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "left"),
+    [
+        (9, TALK),
+        (8, [example([1, 2, 6, 7, 8], [9])]),  # 3 4 5 is gone; 6 7 answered it, so it is read and not learned
+        (6, [example([1, 2, 6, 7, 8], [9])]),
+        (5, [example([5, 6, 7, 8], [9])]),
+        (2, [example([8], [9])]),
+        (1, []),  # nothing would be seen before the answer
+    ],
+)
+def test_what_is_cut_is_the_beginning_and_never_the_last_answer(max_tokens: int, left: list[Example]) -> None:
+    assert shorten(TALK, max_tokens) == left
+    assert all(len(last.prompt) + len(last.action) <= max_tokens for last in left)
+
+
+def test_of_several_exchanges_the_latest_stay_and_are_learned() -> None:
+    longer = [*TALK, example([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [11])]
+    assert shorten(longer, 10) == [example([1, 2, 6, 7, 8], [9]), example([1, 2, 6, 7, 8, 9, 10], [11])]
+    assert shorten(longer, 7) == [example([1, 2, 9, 10], [11])]
+
+
+def test_the_token_that_opens_every_text_stays() -> None:
+    assert shorten([example([1, 2, 3, 4], [5])], 3, bos=1) == [example([1, 4], [5])]
+    assert shorten([example([1, 2, 3, 4], [5])], 3, bos=2) == [example([3, 4], [5])]
+    assert shorten([example([1, 2, 3, 4], [5])], 2, bos=1) == []
+
+
+LONG = conversation("Guess. " * 9, "1 2 3 4 " * 2)
+TALKATIVE = conversation("Guess.", "1 2 3 4 " * 9)
+
+
+@pytest.mark.parametrize(
+    ("too_long", "rows", "note"),
+    [
+        ("drop", 1, "2 of 3 conversations are longer than max_tokens = 32: 0 were cut, 2 dropped"),
+        ("cut", 2, "2 of 3 conversations are longer than max_tokens = 32: 1 were cut, 1 dropped"),
+    ],
+)
+def test_what_is_done_with_long_conversations_is_said(
+    train, untrained: Path, tmp_path: Path, capsys, too_long: str, rows: int, note: str
+) -> None:
+    data = written(tmp_path / "data.jsonl", LONG, conversation("Guess.", "2"), TALKATIVE)
+    flags = ("--model.path", untrained, "--data.path", data, "--max-tokens", 32, "--too-long", too_long)
+    run = train("sft", *flags, "--rows-per-step", 1)
+    assert len(run.rows()) == rows
+    assert note in capsys.readouterr().out.splitlines()
+    train("sft", *flags, "--dry-run", name="dry")
+    assert note in capsys.readouterr().out.splitlines()
+
+
+def test_a_conversation_longer_than_a_row_is_refused_unless_it_may_go(
+    train, untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = written(tmp_path / "data.jsonl", TALKATIVE)
+    flags = ("--model.path", untrained, "--data.path", data, "--max-tokens", 32)
+    many = f"{data}: 1 of 1 conversations are longer than max_tokens = 32"
     train("sft", *flags, status=2)
-    assert "tokens and max_tokens is 32. Raise max_tokens, or split the conversation." in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"{many}; the longest has 61 tokens. Raise max_tokens, or give too_long = drop or cut.\n"
+    )
+    train("sft", *flags, "--too-long", "drop", status=2)
+    assert capsys.readouterr().err == f"{many}, so no row is left. Raise max_tokens.\n"
 
 
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:

@@ -147,8 +147,8 @@ def test_programs_do_not_see_each_other() -> None:
 def test_the_working_directory_is_gone_afterwards() -> None:
     with Program("") as program:
         program.start()
-        assert program._home is not None
-        home = Path(program._home.name)
+        assert program._child is not None
+        home = Path(f"/proc/{program._child.pid}/cwd").resolve()
         assert not list(home.iterdir())
     assert not home.exists()
 

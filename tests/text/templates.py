@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from echelon.models.lm import TINY_CHAT_TEMPLATE
+from echelon.text.chat import PLAIN_CHAT_TEMPLATE
 
 _CUE = "{% if add_generation_prompt %}"
 _CHATML = (
@@ -89,6 +90,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "pad_token": "<|endoftext|>",
     },
     "plain": {"template": _PLAIN, "special": [], "eos_token": "<|endoftext|>"},
+    "ours": {"template": PLAIN_CHAT_TEMPLATE, "special": [], "eos_token": "<|endoftext|>"},
 }
 """What `tokenizer` takes, by kind."""
 

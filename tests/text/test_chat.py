@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from echelon.errors import DataError
-from echelon.text.chat import Renderer
+from echelon.text.chat import Renderer, set_up_template
 from echelon.types import Message
 from tests.text.templates import KINDS, TAKES_NO_SYSTEM, make_tokenizer, tokenizer
 
@@ -42,7 +43,7 @@ def written(made: Any, ids: list[int]) -> str:
     return str(made.decode(ids, skip_special_tokens=False))
 
 
-@pytest.mark.parametrize("kind", ["tiny", "chatml", "llama", "gemma", "plain"])
+@pytest.mark.parametrize("kind", ["tiny", "chatml", "llama", "gemma", "plain", "ours"])
 def test_a_conversation_reads_as_the_template_writes_it(kind: str) -> None:
     messages = conversation([("2 + 2?", "It is 4."), ("Sure?", "Yes, quite.")], "Why?")
     if kind not in TAKES_NO_SYSTEM:
@@ -180,6 +181,54 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
     made = make_tokenizer(template=None, special=[], eos_token="</s>")
     with pytest.raises(DataError, match=r"has no chat template.*Use an instruction-tuned model, or set"):
         Renderer(made)
+
+
+def test_a_tokenizer_without_a_template_is_given_questions_and_answers() -> None:
+    made = make_tokenizer(template=None, special=[], eos_token="</s>")
+    assert set_up_template(made)
+    renderer = Renderer(made)
+    messages = [system("Be brief."), *conversation([("2 + 2?", "4")], "Sure?")]
+    expected = "Be brief.\n\nQuestion: 2 + 2?\n\nAnswer:\n4</s>\n\nQuestion: Sure?\n\nAnswer:\n"
+    assert written(made, renderer.render(messages)) == expected
+    assert made.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+    assert made.apply_chat_template([*messages, assistant("Yes")], tokenize=False) == expected + "Yes</s>"
+    assert renderer.stop_ids == (made.eos_token_id,)
+    (first, last) = renderer.examples([*messages, assistant("Yes")])
+    assert written(made, first.action) == "4</s>"
+    whole = made.apply_chat_template([*messages, assistant("Yes")], tokenize=True, return_dict=False)
+    assert [*last.prompt, *last.action] == whole, "ours are the ids that anybody who uses the template gets"
+
+
+def test_other_roles_are_named_as_they_are() -> None:
+    made = make_tokenizer(template=None, special=[], eos_token="</s>")
+    set_up_template(made)
+    messages = [user("Time?"), assistant("clock()"), {"role": "tool", "content": "12:30"}]
+    assert written(made, Renderer(made).render(messages)).endswith("</s>\n\nTool: 12:30\n\nAnswer:\n")
+
+
+def test_a_template_that_is_there_is_left_alone() -> None:
+    made = tokenizer("chatml")
+    assert not set_up_template(made)
+    assert made.chat_template == KINDS["chatml"]["template"]
+
+
+def test_the_plain_template_begins_as_the_tokenizer_begins_every_text() -> None:
+    made = make_tokenizer(template=None, special=[], bos_token="<s>", eos_token="</s>")
+    set_up_template(made)
+    assert Renderer(made).render([user("a")])[0] != made.bos_token_id, "this one puts nothing before a text"
+    made = make_tokenizer(template=None, special=[], bos_token="<s>", eos_token="</s>")
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
+    )
+    set_up_template(made)
+    ids = Renderer(made).render([user("a")])
+    assert written(made, ids) == "<s>Question: a\n\nAnswer:\n"
+    assert ids.count(made.bos_token_id) == 1
+
+
+def test_no_template_is_set_up_where_no_message_could_end() -> None:
+    with pytest.raises(DataError, match=r"neither a chat template nor an EOS token.*Set tokenizer\.eos_token"):
+        set_up_template(make_tokenizer(template=None, special=[]))
 
 
 def test_a_template_without_any_end_is_refused() -> None:

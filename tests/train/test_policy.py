@@ -6,15 +6,16 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import nn
 
-from echelon.config import OptimConfig
+from echelon.config import LoraConfig, OptimConfig
 from echelon.data.packing import Batch, Sampled, pack
 from echelon.errors import ConfigError, DataError
+from echelon.models import lora
 from echelon.models.lm import tiny, token_logprobs
+from echelon.text.chat import Example
 from echelon.train.learner import Learner
 from echelon.train.policy import (
     PolicyConfig,
@@ -60,10 +61,81 @@ def update(learner: Learner, batch: Batch, settings: PolicyConfig) -> dict[str, 
     )
 
 
-def test_on_its_own_samples_the_surrogate_has_the_gradient_of_reinforce(policy: nn.Module, batch: Batch) -> None:
-    clipped = gradient(policy, batch, PolicyConfig(loss="clipped"))
-    assert clipped.norm() > 0
-    torch.testing.assert_close(clipped, gradient(policy, batch, PolicyConfig(loss="reinforce")))
+@pytest.mark.parametrize("loss", ["clipped", "gspo", "cispo"])
+def test_on_its_own_samples_every_ratio_is_one_and_has_the_gradient_of_reinforce(
+    policy: nn.Module, batch: Batch, loss: str
+) -> None:
+    found = gradient(policy, batch, PolicyConfig(loss=loss))
+    assert found.norm() > 0
+    torch.testing.assert_close(found, gradient(policy, batch, PolicyConfig(loss="reinforce")))
+
+
+@pytest.fixture
+def conversations(policy: nn.Module) -> Batch:
+    """Two episodes of two turns and one of one, in three rows; the policy has moved since it said all that."""
+    said = [([7], [20, 21, 40]), ([7, 20, 21, 40, 8], [22, 40]), ([9], [23, 40]), ([9, 23, 40, 8, 8], [24])]
+    turns = [Sampled(prompt, action, [0.0] * len(action)) for prompt, action in [*said, ([6, 6], [25, 26, 27, 40])]]
+    packed = pack(turns)
+    assert len(packed.rows) == 3
+    with torch.no_grad():
+        now = token_logprobs(policy, packed)
+    moved = 0.3 * torch.randn(now.shape, generator=torch.Generator().manual_seed(0))
+    packed.logprobs = torch.where(packed.mask, now - moved, 0.0)
+    packed.advantages = packed.spread(torch.tensor([1.0, -1.0, 2.0, -2.0, 0.5]))
+    return packed
+
+
+def test_the_ratio_of_gspo_belongs_to_one_turn(policy: nn.Module, conversations: Batch) -> None:
+    """Longhand: the loss of each turn from its own tokens, in whatever row they lie, weighed by their number."""
+    settings = PolicyConfig(loss="gspo", clip_low=0.05, clip_high=0.05)
+    batch, expected, clipped = conversations, torch.zeros(()), 0
+    now = token_logprobs(policy, batch)
+    for turn, advantage in enumerate([1.0, -1.0, 2.0, -2.0, 0.5]):
+        own = batch.turn == turn
+        s = (now[own] - batch.logprobs[own]).mean().exp()
+        expected = expected - own.sum() * torch.minimum(s * advantage, s.clamp(0.95, 1.05) * advantage) / 12
+        clipped += int(own.sum()) * bool((s.clamp(0.95, 1.05) - s) * advantage < 0)
+    expected.backward()
+    by_hand = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+    loss, stats = policy_loss(policy, batch, settings=settings, temperature=1.0)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert 0 < clipped < 12
+    assert stats["clipped"] == pytest.approx(clipped / 12)
+    torch.testing.assert_close(gradient(policy, batch, settings), by_hand, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["clipped", "gspo", "cispo", "reinforce", "awr"])
+def test_micro_batches_do_not_change_the_gradient(policy: nn.Module, conversations: Batch, loss: str) -> None:
+    settings = PolicyConfig(loss=loss, clip_low=0.1, clip_high=0.1, entropy_coef=0.01)
+    conversations.weights = conversations.spread(torch.tensor([1.0, 2.0, 0.0, 0.5, 3.0]))
+    whole = gradient(policy, conversations, settings)
+    policy.zero_grad()
+    for part in conversations.split(1):
+        policy_loss(policy, part, settings=settings, temperature=1.0)[0].backward()
+    parts = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"entropy_coef": 1.0}, {"kl_coef": 1.0}, {"loss": "awr"}])
+def test_weights_weigh_what_is_no_multiple_of_an_advantage(
+    policy: nn.Module, batch: Batch, settings: dict[str, Any]
+) -> None:
+    """A weight of 2 on one row and none on the others: twice what that row alone would be."""
+    batch.ref_logprobs = torch.where(batch.mask, batch.logprobs - 0.5, 0.0)
+    batch.advantages = torch.zeros_like(batch.logprobs)
+    batch.weights = batch.spread(torch.tensor([0.0, 2.0, 0.0, 0.0]))
+    found, _ = policy_loss(policy, batch, settings=PolicyConfig(**settings), temperature=1.0)
+    alone = replace(batch.only(torch.tensor([False, True, False, False])), weights=None)
+    expected, _ = policy_loss(policy, alone, settings=PolicyConfig(**settings), temperature=1.0)
+    assert found.item() == pytest.approx(2 * expected.item())
+    assert abs(expected.item()) > 0.01
+
+
+def test_reference_log_probs_that_are_there_are_not_computed_again(policy: nn.Module, batch: Batch) -> None:
+    batch.ref_logprobs = torch.where(batch.mask, batch.logprobs - 0.5, 0.0)
+    settings = PolicyConfig(kl_coef=0.1)
+    logged = update(Learner(policy, OptimConfig()), batch, settings)
+    assert logged["policy/kl_to_start"] == pytest.approx(torch.tensor(-0.5).exp().item() - 0.5, rel=1e-3)
 
 
 def test_what_was_good_becomes_likelier_and_what_was_bad_unlikelier(policy: nn.Module, batch: Batch) -> None:
@@ -112,7 +184,13 @@ def three_steps(
     return list(learner.module.parameters()), logged
 
 
-@pytest.mark.parametrize("settings", [{}, {"epochs": 2, "minibatches": 2}, {"loss": "reinforce"}])
+OFF_POLICY: dict[str, Any] = {"epochs": 2, "minibatches": 2}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, OFF_POLICY, {"loss": "reinforce"}, OFF_POLICY | {"loss": "gspo"}, OFF_POLICY | {"loss": "cispo"}],
+)
 @pytest.mark.parametrize("advantages", [[1.0, 0.0, 0.0, -2.0], [0.0, 0.0, 0.5, 0.0], [0.0] * 4])
 def test_rows_without_advantage_are_left_out_and_the_weights_become_the_same(
     policy: nn.Module,
@@ -210,41 +288,123 @@ def test_in_lower_precision_a_mismatch_is_only_logged(policy: nn.Module, batch: 
     assert logged["policy/first_mismatch"] == pytest.approx(0.5, abs=0.05)
 
 
-def with_adapter(policy: nn.Module) -> nn.Module:
-    """The policy with a low-rank adapter that has learned something."""
-    adapted = peft.get_peft_model(policy, peft.LoraConfig(r=2, target_modules=["v_proj", "down_proj"]))
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(generator=torch.Generator().manual_seed(len(name)))
-    return adapted
+def with_adapter(policy: nn.Module, *, dropout: float = 0.0) -> nn.Module:
+    """The policy with a new low-rank adapter, which changes nothing yet."""
+    return lora.attach(policy, LoraConfig(rank=2, target=("v_proj", "down_proj"), dropout=dropout))
 
 
-def test_of_a_model_with_an_adapter_the_reference_is_the_model_without_it(policy: nn.Module, batch: Batch) -> None:
-    expected = token_logprobs(policy, batch).detach()
+@torch.no_grad()
+def disturb(adapted: nn.Module, seed: int = 0) -> None:
+    """As if the adapter had learned something."""
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name and weight.requires_grad:
+            weight.normal_(generator=torch.Generator().manual_seed(seed + len(name)))
+
+
+@pytest.mark.parametrize("learned_before", [False, True])
+def test_of_a_model_with_an_adapter_the_reference_is_the_adapter_as_it_began(
+    policy: nn.Module, batch: Batch, learned_before: bool
+) -> None:
     adapted = with_adapter(copy.deepcopy(policy))
-    settings = PolicyConfig(kl_coef=0.1)
-    reference = starting_policy(adapted, settings)
+    if learned_before:
+        disturb(adapted)
+    expected = token_logprobs(adapted, batch).detach()
+    assert expected.allclose(token_logprobs(policy, batch)) is not learned_before
+    reference = starting_policy(adapted, PolicyConfig(kl_coef=0.1))
     assert reference is adapted, "no copy"
+    disturb(adapted, seed=1)
     found = reference_logprobs(reference, batch, temperature=1.0, tokens_per_pass=100)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    assert (token_logprobs(adapted, batch) - expected).abs().max() > 1e-2, "its adapter is on again"
+    assert (token_logprobs(adapted, batch) - expected).abs().max() > 1e-2, "it is on again"
 
 
 def test_an_adapter_learns_against_the_model_below_it(policy: nn.Module, batch: Batch) -> None:
     base = {name: weight.clone() for name, weight in policy.state_dict().items()}
     adapted = with_adapter(policy)
-    learner = Learner(adapted, OptimConfig(lr=1e-2))
-    batch.logprobs = token_logprobs(adapted, batch).detach()
-    batch.advantages = torch.zeros_like(batch.logprobs)
     settings = PolicyConfig(kl_coef=1.0, epochs=20)
-    logged = [update(learner, batch, settings)["policy/kl_to_start"]]
-    batch.logprobs = token_logprobs(adapted, batch).detach()
-    logged.append(update(learner, batch, settings)["policy/kl_to_start"])
+    reference = starting_policy(adapted, settings)
+    disturb(adapted)
+    learner = Learner(adapted, OptimConfig(lr=1e-2))
+    batch.advantages = torch.zeros_like(batch.tokens, dtype=torch.float32)
+    logged = []
+    for _ in range(2):
+        batch.logprobs = token_logprobs(adapted, batch).detach()
+        learn = LEARN | {"settings": settings, "temperature": 1.0}
+        logged.append(update_policy(learner, replace(batch), reference=reference, **learn)["policy/kl_to_start"])
     assert logged[0] > 2 * logged[1] > 0
     kept = {name: weight for name, weight in adapted.state_dict().items() if "lora" not in name}
     assert len(kept) == len(base)
     assert all(one.equal(other) for one, other in zip(kept.values(), base.values(), strict=True))
+
+
+def test_with_dropout_the_policy_is_compared_with_the_sampler_without_it(policy: nn.Module, batch: Batch) -> None:
+    """Dropped inputs of the adapter move log-probs by far more than a mismatch may be; that is no mismatch."""
+    adapted = with_adapter(policy, dropout=0.5)
+    disturb(adapted)
+    learner = Learner(adapted, OptimConfig(lr=1e-3))
+    with torch.no_grad():
+        sampled = token_logprobs(adapted.eval(), batch)
+    before = [parameter.clone() for parameter in adapted.parameters()]
+    batch.logprobs = sampled + 0.02 * batch.mask
+    with pytest.raises(SamplerMismatch, match=r"differ by up to 0\.02"):
+        update(learner, batch, PolicyConfig())
+    assert all(one.equal(other) for one, other in zip(before, adapted.parameters(), strict=True))
+    batch.logprobs = sampled
+    logged = update(learner, batch, PolicyConfig())
+    assert logged["policy/first_mismatch"] < 1e-5
+    assert logged["policy/mismatch/max"] > 0.01, "while learning, dropout is on"
+
+
+@pytest.fixture
+def texts() -> Batch:
+    """What is imitated besides: one text of two tokens, one of four."""
+    return pack([Example([7], [30, 31]), Example([8, 9], [32, 33, 34, 35])])
+
+
+def test_what_is_imitated_joins_every_optimizer_step(policy: nn.Module, batch: Batch, texts: Batch) -> None:
+    asked: list[int] = []
+
+    def ptx(version: int) -> Batch:
+        asked.append(version)
+        return texts
+
+    settings = PolicyConfig(epochs=2, minibatches=2, ptx_coef=0.5)
+    learner = Learner(policy, OptimConfig(lr=1e-2))
+    with torch.no_grad():
+        before = token_logprobs(policy, texts)[texts.mask].mean()
+    learn = LEARN | {"settings": settings}
+    logged = update_policy(learner, batch, reference=None, temperature=1.0, ptx=ptx, **learn)
+    assert asked == [0, 1, 2, 3]
+    assert learner.version == 4
+    assert 0 < logged["policy/ptx_loss"] < -before
+    assert token_logprobs(policy, texts)[texts.mask].mean() > before
+
+
+@pytest.mark.parametrize("tokens_per_pass", [1, 100])
+def test_the_gradient_of_a_step_is_that_of_both_losses(
+    policy: nn.Module, batch: Batch, texts: Batch, tokens_per_pass: int
+) -> None:
+    """The mean over the texts' own tokens, at temperature 1, times its weight; however many of them there are."""
+    batch.logprobs = token_logprobs(policy, batch, temperature=0.7).detach()
+    policy.zero_grad()
+    loss, _ = policy_loss(policy, batch, settings=PolicyConfig(), temperature=0.7)
+    (loss - 0.5 * token_logprobs(policy, texts)[texts.mask].mean()).backward()
+    expected = torch.stack([parameter.grad.norm() for parameter in policy.parameters()]).norm()
+    learner, learn = Learner(policy, OptimConfig()), LEARN | {"tokens_per_pass": tokens_per_pass}
+    learn["settings"] = PolicyConfig(ptx_coef=0.5)
+    logged = update_policy(learner, batch, reference=None, temperature=0.7, ptx=lambda version: texts, **learn)
+    assert logged["policy/grad_norm"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_without_a_weight_nothing_is_imitated_and_without_texts_a_weight_is_refused(
+    policy: nn.Module, batch: Batch
+) -> None:
+    def never(version: int) -> Batch:
+        raise AssertionError
+
+    update_policy(Learner(policy, OptimConfig()), batch, reference=None, temperature=1.0, ptx=never, **LEARN)
+    with pytest.raises(ConfigError, match=r"^policy\.ptx_coef = 0\.5: nothing is there to imitate"):
+        update(Learner(policy, OptimConfig()), batch, PolicyConfig(ptx_coef=0.5))
 
 
 @pytest.mark.parametrize("kl_loss", ["k2", "k3"])
@@ -295,6 +455,8 @@ def test_a_missing_tensor_is_an_error_and_never_zero(
         ({"clip_low": 0.0}, "^clip_low = 0.0: "),
         ({"clip_high": 0.0}, "^clip_high = 0.0: no ratio could rise"),
         ({"dual_clip": 1.0}, "^dual_clip = 1.0: "),
+        ({"dual_clip": 3.0, "loss": "cispo"}, "^dual_clip = 3.0: its loss has no minimum"),
+        ({"ptx_coef": -1.0}, "^ptx_coef = -1.0: a negative weight rewards the opposite"),
         ({"max_mismatch": 0.0}, "^max_mismatch = 0.0: rounding alone differs"),
         ({"kl_coef": -0.1}, "^kl_coef = -0.1: a negative weight rewards the opposite"),
     ],

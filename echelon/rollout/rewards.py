@@ -1,0 +1,263 @@
+"""What completions earn: Python functions and reward models, read after the episodes have been played.
+
+It adds to what the environment gave and knows nothing of credit: every episode's last turn gets the weighted sum.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from echelon.config import TaskConfig
+from echelon.data.datasets import load_rows
+from echelon.envs._shared import run_sync, settle
+from echelon.envs.prompts import prompts_env
+from echelon.envs.registry import EnvSpec, import_code
+from echelon.errors import ConfigError, DataError, EchelonError, did_you_mean
+from echelon.models.reward import load_reward_model
+from echelon.rollout.setup import model_path, open_env
+from echelon.text.chat import Renderer
+from echelon.types import Episode, Message, Turn
+
+RESERVED = ("mean", "std")
+"""Names under "reward/" that belong to the sum of all rewards."""
+
+_OWN = "path/to/file.py:function, package.module:function, or the folder of a reward model"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One completion to judge: the last of an episode."""
+
+    task: str
+    prompt: list[Message]
+    completion: str
+    columns: Mapping[str, Any]
+
+
+class Judge(Protocol):
+    """Says what answers are worth, one number for each; None abstains."""
+
+    async def __call__(self, answers: Sequence[Answer]) -> list[float | None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """One source of reward."""
+
+    name: str
+    """What its metrics are called."""
+    judge: Judge
+    weight: float = 1.0
+
+
+class Rewards:
+    """Everything that completions earn on top of what the environment gives."""
+
+    def __init__(self, rewards: Sequence[Reward] = ()) -> None:
+        self.rewards = tuple(rewards)
+
+    def add(self, episodes: Sequence[Episode]) -> dict[str, float]:
+        """Add weight · reward, of every source, to the last turn of every episode that did not fail.
+
+        Returns "reward/<name>", the mean of what that source gave before weighing, and "reward/<name>/std" (0 where it
+        abstained throughout). Raises DataError, naming the source and the task, for anything but finite numbers.
+        """
+        judged = [episode for episode in episodes if episode.ending != "failed" and episode.turns]
+        if not self.rewards or not judged:
+            return {}
+        answers = [_answer(episode, episode.turns[-1]) for episode in judged]
+        given = run_sync(self._judge(answers))
+        metrics: dict[str, float] = {}
+        for reward, numbers in zip(self.rewards, given, strict=True):
+            for episode, number in zip(judged, numbers, strict=True):
+                episode.turns[-1].reward += reward.weight * (number or 0.0)
+            known = np.array([number for number in numbers if number is not None] or [0.0])
+            metrics |= {f"reward/{reward.name}": float(known.mean()), f"reward/{reward.name}/std": float(known.std())}
+        return metrics
+
+    async def _judge(self, answers: Sequence[Answer]) -> list[list[float | None]]:
+        return list(await asyncio.gather(*(reward.judge(answers) for reward in self.rewards)))
+
+
+def open_tasks(cfg: TaskConfig, renderer: Renderer | None = None) -> EnvSpec:
+    """What there is to do: the environment, checked by playing a little, or the prompts of a data set as one.
+
+    With the renderer of the role that will answer them, prompts that are too long are found before any training.
+    Raises ConfigError and DataError.
+    """
+    if cfg.env:
+        return open_env(cfg.env, cfg.env_settings)
+    rows = load_rows(cfg.data, "prompt", seed=cfg.seed)
+    env = prompts_env(rows.train, rows.held_out, name=", ".join(cfg.data.path))
+    if renderer is not None:
+        _check_lengths(env, renderer)
+    return env
+
+
+def open_rewards(cfg: TaskConfig, *, device: str = "auto", tokens_per_pass: int = 4096) -> Rewards:
+    """The rewards that are asked for, with their weights; none is fine, where the environment gives them.
+
+    Raises ConfigError for a name that means nothing, DataError for code or a folder that cannot be used.
+    """
+    weights = cfg.reward_weights or (1.0,) * len(cfg.reward)
+    names = _names(cfg.reward)
+    judges = [open_judge(spec, device=device, tokens_per_pass=tokens_per_pass) for spec in cfg.reward]
+    return Rewards([Reward(*parts) for parts in zip(names, judges, weights, strict=True)])
+
+
+def open_judge(spec: str, *, device: str = "auto", tokens_per_pass: int = 4096) -> Judge:
+    """A function or a reward model, by how it was named on the command line."""
+    where, colon, function = spec.rpartition(":")
+    if not colon and spec.endswith(".py"):
+        raise ConfigError(f"reward {spec}: which function of the file? Give {spec}:function.")
+    if not colon or Path(spec).is_dir():
+        return ModelJudge(spec, device=device, tokens_per_pass=tokens_per_pass)
+    if not where or not function:
+        raise ConfigError(f"reward {spec}: expected {_OWN}.")
+    module = import_code(f"reward {spec}", where)
+    found = getattr(module, function, None)
+    if not callable(found):
+        known = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        raise DataError(f"reward {spec}: {where} has no function '{function}'.{did_you_mean(function, known)}")
+    return FunctionJudge(spec, found)
+
+
+class FunctionJudge:
+    """A Python function `fn(prompts, completions, **columns) -> list of numbers`, plain or async.
+
+    `prompts` are lists of messages, `completions` texts without stop tokens. Each column of the data set (each entry of
+    `Task.data` where an environment is played) comes as a list, with None where a task does not have it; a function
+    that names its columns gets those only. None in what it returns means that it has nothing to say there.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = name
+        self._function = function
+        self._takes, self._required = _columns_of(function)
+
+    async def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
+        """What each answer is worth."""
+        try:
+            returned = await self._call(answers)
+        except EchelonError:
+            raise
+        except Exception as error:
+            task, raised = await self._culprit(answers, error)
+            raise DataError(f"reward {self.name}: raised {_line(raised)} on {task}.") from raised
+        return self._numbers(returned, answers)
+
+    async def _call(self, answers: Sequence[Answer]) -> Any:
+        there = {key: None for answer in answers for key in answer.columns}  # a dictionary keeps their order
+        if missing := [name for name in self._required if name not in there]:
+            has = ", ".join(there) or "none"
+            raise DataError(f"reward {self.name}: it needs the column '{missing[0]}', and the columns are: {has}.")
+        columns = {
+            key: [answer.columns.get(key) for answer in answers]
+            for key in there
+            if self._takes is None or key in self._takes
+        }
+        prompts, completions = [answer.prompt for answer in answers], [answer.completion for answer in answers]
+        return await settle(self._function(prompts, completions, **columns))
+
+    async def _culprit(self, answers: Sequence[Answer], error: Exception) -> tuple[str, Exception]:
+        """The task whose answer the function cannot judge, found by asking again one at a time, and what it raises."""
+        for answer in answers:
+            try:
+                await self._call([answer])
+            except Exception as raised:
+                return f"task '{answer.task}'", raised
+        return f"the {len(answers)} completions of a step together, and on none of them alone", error
+
+    def _numbers(self, returned: Any, answers: Sequence[Answer]) -> list[float | None]:
+        listed = returned.tolist() if hasattr(returned, "tolist") else returned
+        if not isinstance(listed, Sequence) or isinstance(listed, str):
+            raise DataError(f"reward {self.name}: returned {_short(listed)}. It must return a list of numbers.")
+        if len(listed) != len(answers):
+            raise DataError(
+                f"reward {self.name}: returned {len(listed)} numbers for {len(answers)} completions. "
+                "It must return one for each, in their order."
+            )
+        for answer, number in zip(answers, listed, strict=True):
+            if number is not None and not (isinstance(number, Real) and math.isfinite(number)):
+                raise DataError(
+                    f"reward {self.name}: gave {_short(number)} on task '{answer.task}'. "
+                    "It must be a finite number, or None to say nothing."
+                )
+        return [None if number is None else float(number) for number in listed]
+
+
+class ModelJudge:
+    """A reward model: the score of the whole conversation, the completion included."""
+
+    def __init__(self, path: str, *, device: str = "auto", tokens_per_pass: int = 4096) -> None:
+        self.name = path
+        self.model = load_reward_model(model_path(path, "reward"), device=device)
+        self._tokens_per_pass = tokens_per_pass
+
+    async def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
+        """The model's score of each answer."""
+        conversations = [[*a.prompt, Message(role="assistant", content=a.completion)] for a in answers]
+        scores = self.model.score(conversations, tokens_per_pass=self._tokens_per_pass).tolist()
+        for answer, score in zip(answers, scores, strict=True):
+            if not math.isfinite(score):
+                raise DataError(
+                    f"reward {self.name}: the model scored {score} on task '{answer.task}'. "
+                    "Its weights are not finite, or its dtype is too small for it: train it again, or load float32."
+                )
+        return list(scores)
+
+
+def _answer(episode: Episode, turn: Turn) -> Answer:
+    taken = ("messages", "prompts", "completions")
+    columns = {key: value for key, value in episode.data.items() if key not in taken}
+    return Answer(episode.task, episode.conversation(turn), turn.text, columns)
+
+
+def _check_lengths(env: EnvSpec, renderer: Renderer) -> None:
+    """Raise DataError for prompts that the budget of tokens has no room for."""
+    budget, lengths, tasks = renderer.max_tokens or math.inf, dict[str, int](), env.tasks("train")
+    for task in tasks:
+        messages: list[Message] = task.data["messages"]
+        if sum(len(message["content"].encode()) for message in messages) > budget / 2:  # others fit: spare the time
+            parts = renderer.segments(messages)
+            lengths[task.id] = len(parts[0]) + (len(parts[-1]) if len(parts) > 1 else 0)
+    if long := {ident: length for ident, length in lengths.items() if length > budget}:
+        longest = max(long, key=lambda ident: long[ident])
+        raise DataError(
+            f"{env.name}: {len(long)} of {len(tasks)} prompts take more than sampling.max_prompt_tokens = {budget} "
+            f"tokens; the longest, {longest}, takes {long[longest]}. Raise it, or leave those rows out."
+        )
+
+
+def _columns_of(function: Callable[..., Any]) -> tuple[frozenset[str] | None, tuple[str, ...]]:
+    """The columns a function takes, None for all of them, and those it cannot do without."""
+    parameters = list(inspect.signature(function).parameters.values())[2:]
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    required = tuple(p.name for p in named if p.default is p.empty)
+    return None if everything else frozenset(p.name for p in named), required
+
+
+def _names(specs: Sequence[str]) -> list[str]:
+    """What each reward is called in the metrics: the function or the folder; all of it where that is not unique."""
+    short = [spec.rpartition(":")[2] if ":" in spec else Path(spec).name for spec in specs]
+    unclear = {name for name in short if short.count(name) > 1} | set(RESERVED)
+    return [spec if name in unclear else name for name, spec in zip(short, specs, strict=True)]
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,88 @@
+"""Answers in text: what a worked solution ends with, and whether two answers are the same.
+
+Exact and without a model: numbers are compared as fractions, never as floats. Whether a solution is right otherwise is
+not known here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s*\\?%)?")
+_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_WRITTEN = re.compile(r"\\text\{([^{}]*)\}|\\left|\\right|\\[,!;: ]|\\\(|\\\)|[\s$]")
+
+
+def final_answer(text: str) -> str | None:
+    r"""A solution's answer: the last \boxed{…}, else the line after the last ####, else the last number.
+
+    None if there is none of them. The answer is as it was written.
+    """
+    marked = marked_answer(text)
+    if marked is not None:
+        return marked
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def marked_answer(text: str) -> str | None:
+    r"""What stands in the last \boxed{…} that is closed, else after the last ####; None without either."""
+    start = text.rfind(r"\boxed{")
+    while start >= 0:
+        inside = _braced(text, start + len(r"\boxed{"))
+        if inside is not None:
+            return inside.strip()
+        start = text.rfind(r"\boxed{", 0, start)
+    _, mark, after = text.rpartition("####")
+    return after.strip().partition("\n")[0].strip() if mark and after.strip() else None
+
+
+def same_answer(one: str, other: str) -> bool:
+    """Whether two answers are the same number, or else the same text but for spaces and how it is set."""
+    numbers = as_number(one), as_number(other)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return _plain(one) == _plain(other)
+
+
+def as_number(text: str) -> Fraction | None:
+    r"""The number that a text is, exactly: 1,234.50, -3/4, \frac{1}{2}; None if it is anything else.
+
+    Signs of dollars and per cent are units, not part of it: 20% is 20.
+    """
+    plain = _FRACTION.sub(r"\1\2/\3", _plain(text)).rstrip(".").removesuffix("%").removesuffix("\\")
+    if not re.fullmatch(r"[-+]?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?(/0*[1-9]\d*)?|[-+]?\.\d+", plain):
+        return None
+    above, _, below = plain.replace(",", "").partition("/")
+    return Fraction(above) / Fraction(below or 1)
+
+
+def answer_matches(prompts: Sequence[object], completions: Sequence[str], *, answer: Sequence[object]) -> list[float]:
+    r"""A reward: 1 where the completion's final answer is that of its row, else 0.
+
+    The column `answer` holds the answer itself or a solution that marks it with #### or \boxed{…}.
+    """
+    rewards: list[float] = []
+    for completion, given in zip(completions, answer, strict=True):
+        wanted, found = str(given), final_answer(completion)
+        marked = marked_answer(wanted)
+        right = found is not None and same_answer(found, wanted if marked is None else marked)
+        rewards.append(float(right))
+    return rewards
+
+
+def _braced(text: str, start: int) -> str | None:
+    """From `start` to the brace that closes; None if none does."""
+    depth = 1
+    for place in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if not depth:
+            return text[start:place]
+    return None
+
+
+def _plain(text: str) -> str:
+    """Without what does not change the meaning: spaces, dollar signs, sizes of brackets, text in a formula."""
+    return _WRITTEN.sub(lambda found: found[1] or "", text).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
