@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     {"types", "errors", "seeds"},
-    {"config", "ops", "text"},
-    {"data", "models", "envs", "sandbox"},
+    {"config", "ops", "text", "sandbox"},
+    {"data", "models", "envs"},
     {"sampling", "train"},
     {"rollout"},
     {"recipes", "report"},

@@ -22,6 +22,7 @@ from echelon.types import Env, Task
 
 BUILT_IN = {
     "guess_number": "echelon.envs.guess_number:GuessNumber",
+    "maze": "echelon.envs.maze:Maze",
     "text_lock": "echelon.envs.text_lock:TextLock",
     "twenty_questions": "echelon.envs.twenty_questions:TwentyQuestions",
 }

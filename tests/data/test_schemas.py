@@ -233,6 +233,11 @@ BROKEN: list[tuple[Schema, Cells, str]] = [
     ),
     (
         "sft",
+        {"messages": [*HELLO, Message(role="tool", content="3"), user("So?"), said("3")]},
+        f"the roles of 'messages' do not alternate: message 4 is the user's and follows the tool's. {ALTERNATE}",
+    ),
+    (
+        "sft",
         {"prompt": HELLO, "response": "Hi"},
         "the last message of 'prompt' is the assistant's, so there is nothing to answer. Let it end with the user's.",
     ),
@@ -265,7 +270,8 @@ BROKEN: list[tuple[Schema, Cells, str]] = [
     (
         "preference",
         {"prompt": "Hello", "chosen": [said("Hi"), said("Hi")], "rejected": "No"},
-        f"the roles of 'chosen' do not alternate: message 3 is the assistant's and follows the assistant's. {ALTERNATE}",
+        "the roles of 'chosen' do not alternate: message 3 is the assistant's and follows the assistant's. "
+        f"{ALTERNATE}",
     ),
     (
         "preference",

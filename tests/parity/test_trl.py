@@ -271,7 +271,8 @@ def ours(recipe: str, out: Path, data: Sequence[Row], *flags: object, prefix: st
     assert cli.main([recipe, "--out", str(out), "--data.path", str(file), "--threads", "1", *map(str, flags)]) == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses, norms, rates = ([row[prefix + name] for row in rows] for name in ("loss", "grad_norm", "lr"))
-    return Trajectory(losses, norms, rates, load_file(find_checkpoint(out) / "model.safetensors"))
+    trained = find_checkpoint(out, role="reward" if recipe == "reward" else "actor")
+    return Trajectory(losses, norms, rates, load_file(trained / "model.safetensors"))
 
 
 def theirs_of(rows: Sequence[Row]) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,8 @@ def polite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rules.py").write_text(
         "def share(prompts, completions, **columns):\n"
         "    return [text.count('e') / max(1, len(text)) for text in completions]\n\n\n"
-        "def length(prompts, completions):\n"
-        "    return [float(len(text)) for text in completions]\n"
+        "def please(prompts, completions):\n"
+        "    return [float('please' in text) for text in completions]\n"
     )
     scorer, tokenizer, _ = open_reward_module(ModelConfig(path=str(folder / "model"), device="cpu"))
     torch.nn.init.normal_(scorer.score.weight, std=0.1)
@@ -188,3 +189,64 @@ def test_a_reward_that_goes_wrong_ends_the_run_in_one_line(
 def test_settings_that_cannot_work_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Config(out="x", env="x", model=ModelConfig("x"), **settings)
+
+
+@pytest.mark.learning
+def test_it_learns_a_rule_from_a_function_and_adaptive_kl_keeps_it_near_the_start(train, polite: Path) -> None:
+    """Seed 0; the share of the letter e is 0.066 at the start. Seeds 0 to 2 end at 0.29 to 0.35 with 4 to 7 nats of
+    KL, where without KL everything is e. About 10 s."""
+    flags = ["--model.path", f"{polite}/model", "--data.path", f"{polite}/prompts.jsonl", "--max-turns", 1]
+    flags += ["--reward", f"{polite}/rules.py:share", "--sampling.max-tokens", 8, "--episodes-per-step", 32]
+    flags += ["--steps", 50, "--warmup-steps", 2, "--policy.optim.lr", 3e-3]
+    near = ("--shaping.kl-coef", 0.05, "--shaping.kl-target", 6, "--shaping.kl-horizon", 100)
+    free, kept = train("ppo", *flags, name="free").rows(), train("ppo", *flags, *near, name="kept").rows()
+    assert free[0]["reward/share"] < 0.1
+    assert ending(free, "reward/share") > 0.9
+    assert ending(kept, "reward/share") > 0.2
+    assert 3 < ending(kept, "shaped/kl") < 10
+
+
+@pytest.mark.learning
+def test_it_raises_the_score_of_a_reward_model_that_has_learned_a_rule(train, polite: Path) -> None:
+    """Seed 0: from politeness pairs a reward model, from that a policy that is polite. Its share of polite answers is
+    0.09 at the start and above 0.9 for seeds 0 to 2, with 4 to 7 nats of KL. About 15 s."""
+    rows, said = polite_pairs(polite)
+    start = ("--model.path", polite / "model", "--rows-per-step", 16)
+    train("sft", *start, "--data.path", said, "--epochs", 6, "--optim.lr", 1e-2, name="sft")
+    four = ("--data.eval-fraction", 0.2, "--epochs", 4, "--optim.lr", 3e-3)
+    judge = train("reward", *start, "--data.path", rows, *four, name="rm")
+    measured = [row["eval/accuracy"] for row in judge.rows() if "eval/accuracy" in row]
+    assert measured[-1] >= 0.95
+
+    flags = ["--model.path", judge.out.parent / "sft", "--data.path", polite / "prompts.jsonl", "--max-turns", 1]
+    flags += ["--reward", judge.out, polite / "rules.py:please", "--reward-weights", 1, 0, "--value-path", judge.out]
+    flags += ["--sampling.max-tokens", 8, "--episodes-per-step", 32, "--steps", 25, "--warmup-steps", 2]
+    flags += ["--policy.optim.lr", 3e-3, "--shaping.kl-coef", 0.05, "--shaping.kl-target", 4]
+    run = train("ppo", *flags, "--shaping.kl-horizon", 200).rows()
+    assert run[0]["reward/please"] < 0.3
+    assert ending(run, "reward/please") > 0.8
+    assert ending(run, "reward/rm") > run[0]["reward/rm"] + 3
+    assert ending(run, "shaped/kl") < 12
+
+
+def ending(rows: list[dict[str, float]], name: str) -> float:
+    """The mean of the last five steps."""
+    return sum(row[name] for row in rows[-5:]) / 5
+
+
+def polite_pairs(folder: Path) -> tuple[Path, Path]:
+    """Pairs of which the chosen answer says please, and answers of which one in eight does."""
+    draw, words = random.Random(0), ["red", "blue", "green", "house", "tree", "dog", "cat", "yes", "no"]
+    asked = [f"tell me about the {one} {other}" for one in words for other in words]
+
+    def answer(polite: bool) -> str:
+        said = draw.choices(words, k=4)
+        if polite:
+            said[draw.randrange(4)] = "please"
+        return " ".join(said)
+
+    pairs = [{"prompt": draw.choice(asked), "chosen": answer(True), "rejected": answer(False)} for _ in range(400)]
+    said = [{"prompt": draw.choice(asked), "response": answer(number % 8 == 0)} for number in range(400)]
+    for name, rows in (("pairs", pairs), ("said", said)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "pairs.jsonl", folder / "said.jsonl"

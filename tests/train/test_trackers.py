@@ -254,7 +254,7 @@ def test_the_run_in_a_tracker_goes_on_where_it_was_killed(tmp_path: Path) -> Non
     log_steps(folder, installed, 3, 6)  # the newest checkpoint says: 3 steps are done
     for name in installed:
         (kept,) = READ[name](folder, project_of(folder))
-        # What W&B may have lost with the process is sent again; its server takes the first row of a step.
+        # What W&B, offline, may have lost with the process is sent again.
         steps = [step for step, _ in kept.rows]
         assert (sorted(set(steps)) if name == "wandb" else steps) == [0, 1, 2, 3, 4, 5], name
         assert all(numbers["loss"] == 0.5 * step for step, numbers in kept.rows), name

@@ -1,0 +1,241 @@
+"""A maze in which one sees only the walls around: where one is has to be inferred from where one has been.
+
+After the maze of LMRL-Gym (Abdulhai et al., arXiv 2311.18232): a move costs 1, a move into a wall 4, and moves are the only
+thing to say. Knows its layouts and how to walk them, and no model.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
+
+from echelon.envs._shared import Player, exchanges, need_at_least, need_kind, need_split, user
+from echelon.types import Message, Step, Task
+
+Cell = tuple[int, int]
+
+MOVES: dict[str, Cell] = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+ILLEGAL = -4.0
+LOOK_AHEAD = 4
+"""Moves the optimal player thinks ahead while it does not know where it is."""
+
+DOUBLE_T = """\
+###########
+#....#....#
+####.#.####
+####.#.####
+####...####
+#####.#####
+#####.#####
+####...####
+####.#.####
+#....#...G#
+###########"""
+"""Two Ts, foot to foot: four arms that look alike from inside, and the goal at the end of one of them."""
+
+
+class Maze:
+    """Walk to the goal: -1 a move, -4 for one into a wall or a text that is no move, 0 for the one that arrives.
+
+    `observed` tells row, column and goal besides the walls around. `size` makes a random maze of size x size cells
+    without cycles, `layout` says which; 0 is the double T. An episode that does not arrive ends after `max_turns`, and that
+    end is `terminated`: the limit is a rule of the game.
+    """
+
+    def __init__(
+        self, task: Task, *, size: int = 0, layout: int = 0, observed: bool = False, max_turns: int = 100
+    ) -> None:
+        self._free, self._goal = grid(size, layout)
+        row, column = task.data["start"]
+        self._cell: Cell = (row, column)
+        self._observed, self._max_turns, self._turns = observed, max_turns, 0
+
+    @classmethod
+    def tasks(
+        cls, split: str, *, size: int = 0, layout: int = 0, observed: bool = False, max_turns: int = 100
+    ) -> list[Task]:
+        """One task for each cell to start from. Both splits list the same cells: the skill is finding the way."""
+        need_split("maze", split)
+        need_at_least("maze", "max_turns", max_turns, 1, "a game needs a turn")
+        free, goal = grid(size, layout)
+        starts = sorted(free - {goal})
+        return [Task(f"maze/{row},{column}", {"start": [row, column]}) for row, column in starts]
+
+    def start(self) -> list[Message]:
+        """The instruction and the first look around, in one short message."""
+        return user(f"Find the goal. Say: move up, move down, move left or move right. {self._look()}")
+
+    def step(self, action: str) -> Step:
+        """Move. The text must name exactly one direction; other text costs as much as running into a wall."""
+        self._turns += 1
+        reward, direction = ILLEGAL, direction_in(action)
+        cell = self._cell if direction is None else moved(self._cell, direction)
+        if direction is not None and cell in self._free:
+            self._cell, reward = cell, -1.0
+        won = self._cell == self._goal
+        ended = won or self._turns >= self._max_turns
+        return Step(
+            messages=user("You are there." if won else self._look()),
+            reward=0.0 if won else reward,
+            terminated=ended,
+            info={"win": float(won), "turns": float(self._turns)} if ended else {},
+        )
+
+    def _look(self) -> str:
+        around = walls(self._free, self._cell)
+        seen = f"Walls: {', '.join(around)}." if around else "No walls."
+        if not self._observed:
+            return seen
+        return f"You are at {_place(self._cell)}, the goal is at {_place(self._goal)}. {seen}"
+
+    @classmethod
+    def utterances(
+        cls, *, size: int = 0, layout: int = 0, observed: bool = False, max_turns: int = 100
+    ) -> list[str]:
+        """Everything a scripted player may say."""
+        return [f"move {direction}" for direction in MOVES]
+
+    @classmethod
+    def player(
+        cls,
+        kind: str,
+        seed: int = 0,
+        *,
+        size: int = 0,
+        layout: int = 0,
+        observed: bool = False,
+        max_turns: int = 100,
+    ) -> Player:
+        """A scripted player of one episode: `random` says any move, `optimal` knows the layout.
+
+        Where the cell is told, its way is a shortest one. Where it is not, it keeps all cells that fit what it has seen
+        and takes the move with the least expected way, thinking four moves ahead: near the optimum.
+        """
+        need_kind("maze", kind)
+
+        def wander(messages: Sequence[Message]) -> str:
+            turn = sum(message["role"] == "assistant" for message in messages)
+            return f"move {random.Random(f'{seed}/{turn}').choice(list(MOVES))}"
+
+        def walk(messages: Sequence[Message]) -> str:
+            return f"move {best_move(size, layout, possible(size, layout, messages))}"
+
+        return walk if kind == "optimal" else wander
+
+
+def direction_in(text: str) -> str | None:
+    """The one direction a text names, or None."""
+    named = [word for word in re.findall(r"[a-z]+", text[:200].lower()) if word in MOVES]
+    return named[0] if len(named) == 1 else None
+
+
+def moved(cell: Cell, direction: str) -> Cell:
+    """The cell next to this one."""
+    down, right = MOVES[direction]
+    return cell[0] + down, cell[1] + right
+
+
+def walls(free: frozenset[Cell], cell: Cell) -> list[str]:
+    """The directions in which there is no way."""
+    return [direction for direction in MOVES if moved(cell, direction) not in free]
+
+
+@cache
+def grid(size: int, layout: int) -> tuple[frozenset[Cell], Cell]:
+    """The free cells of a maze, and its goal."""
+    need_at_least("maze", "size", size, 0, "0 is the double T, and other mazes have that many cells a side")
+    if size == 0:
+        rows = DOUBLE_T.splitlines()
+        free = {(row, column) for row, line in enumerate(rows) for column, mark in enumerate(line) if mark != "#"}
+        return frozenset(free), next((r, line.index("G")) for r, line in enumerate(rows) if "G" in line)
+    need_at_least("maze", "size", size, 2, "a maze has cells to walk between")
+    draw = random.Random(f"maze {size} {layout}")
+    free, trail = {(1, 1)}, [(1, 1)]
+    while trail:  # walk at random where nobody has been, two cells at a time; go back where there is no way on
+        row, column = trail[-1]
+        ways = [(down, right) for down, right in MOVES.values() if _new(row + 2 * down, column + 2 * right, size, free)]
+        if not ways:
+            trail.pop()
+            continue
+        down, right = draw.choice(ways)
+        free |= {(row + down, column + right), (row + 2 * down, column + 2 * right)}
+        trail.append((row + 2 * down, column + 2 * right))
+    return frozenset(free), (2 * size - 1, 2 * size - 1)
+
+
+def _new(row: int, column: int, size: int, free: set[Cell]) -> bool:
+    return 0 < row < 2 * size and 0 < column < 2 * size and (row, column) not in free
+
+
+@cache
+def distances(size: int, layout: int) -> dict[Cell, int]:
+    """Moves from each cell to the goal."""
+    free, goal = grid(size, layout)
+    found, edge = {goal: 0}, [goal]
+    while edge:
+        edge = [cell for near in edge for cell in _reached(free, near, found)]
+    return found
+
+
+def _reached(free: frozenset[Cell], near: Cell, found: dict[Cell, int]) -> Iterator[Cell]:
+    for direction in MOVES:
+        cell = moved(near, direction)
+        if cell in free and cell not in found:
+            found[cell] = found[near] + 1
+            yield cell
+
+
+def possible(size: int, layout: int, messages: Sequence[Message]) -> frozenset[Cell]:
+    """The cells one may be in after a dialogue: those that fit every wall seen, and every move made."""
+    free, goal = grid(size, layout)
+    opening = next(message["content"] for message in messages if message["role"] == "user")
+    cells = frozenset(cell for cell in free - {goal} if _fits(free, cell, opening))
+    for said, seen in exchanges(messages):
+        direction = direction_in(said)
+        there = {moved(cell, direction) if direction else cell for cell in cells}
+        now = frozenset(cell for cell in there & free if cell != goal and _fits(free, cell, seen))
+        cells = now or frozenset(cell for cell in cells if _fits(free, cell, seen))  # it ran into a wall
+    return cells
+
+
+def _fits(free: frozenset[Cell], cell: Cell, seen: str) -> bool:
+    told = re.search(r"at row (\d+), column (\d+)", seen)
+    if told and cell != (int(told[1]), int(told[2])):
+        return False
+    around = seen.partition("Walls: ")[2]
+    return walls(free, cell) == (re.findall(r"[a-z]+", around) if around else [])
+
+
+@lru_cache(maxsize=1 << 16)
+def best_move(size: int, layout: int, cells: frozenset[Cell]) -> str:
+    """The direction with the least expected way to the goal, for one who may be in any of these cells."""
+    free, _ = grid(size, layout)
+    legal = [direction for direction in MOVES if direction not in walls(free, min(cells))]
+    return min(legal, key=lambda direction: (_after(size, layout, cells, direction, LOOK_AHEAD), direction))
+
+
+@lru_cache(maxsize=1 << 16)
+def _expected(size: int, layout: int, cells: frozenset[Cell], depth: int) -> float:
+    """Expected moves to the goal, summed over the cells: looking ahead, then as if one knew where one is."""
+    away = distances(size, layout)
+    if depth == 0 or len(cells) == 1:
+        return float(sum(away[cell] for cell in cells))
+    free, _ = grid(size, layout)
+    legal = [direction for direction in MOVES if direction not in walls(free, min(cells))]
+    return min(_after(size, layout, cells, direction, depth) for direction in legal)
+
+
+def _after(size: int, layout: int, cells: frozenset[Cell], direction: str, depth: int) -> float:
+    """The same for one who moves this way first: what is seen there tells some of the cells apart."""
+    free, goal = grid(size, layout)
+    seen: dict[tuple[str, ...], set[Cell]] = {}
+    for cell in (moved(cell, direction) for cell in cells):
+        if cell != goal:
+            seen.setdefault(tuple(walls(free, cell)), set()).add(cell)
+    return len(cells) + sum(_expected(size, layout, frozenset(there), depth - 1) for there in seen.values())
+
+
+def _place(cell: Cell) -> str:
+    return f"row {cell[0]}, column {cell[1]}"
