@@ -216,7 +216,7 @@ class DataConfig:
         demand(self, "path", "" not in self.path, "a source has a name. Give a file, a folder or a hub id.")
         demand(self, "split", self.split != "", "something has to be read. Give train.")
         fits = not self.weights or len(self.weights) == len(self.path)
-        demand(self, "weights", fits, f"there are {len(self.path)} sources. Give one weight for each, or none.")
+        demand(self, "weights", fits, f"sources: {len(self.path)}. Give one weight for each, or none.")
         positive = all(0 < weight < math.inf for weight in self.weights)
         demand(self, "weights", positive, "a source of weight 0 would never be read. Leave such a source out.")
         for name in ("limit", "eval_limit"):
@@ -283,9 +283,11 @@ class TaskConfig(RunConfig):
     """Where a policy that learns by trying finds its tasks and its rewards: an environment, or prompts and rewards."""
 
     env: str = ""
-    """The environment: a built-in name, path.py:Class or module:Class. Or else give data.path."""
+    """The environment: a built-in name, path.py:Class, module:Class or tasks.yaml. Or else give data.path."""
     env_settings: Settings = field(default_factory=dict)
     """Settings of the environment."""
+    trust_task_code: bool = False
+    """Run Python that stands in a file of tasks (`--env tasks.yaml`), in the sandbox. Read it first."""
     data: DataConfig = DataConfig()
     """Prompts to answer once each, in place of an environment."""
     reward: tuple[str, ...] = ()
@@ -304,7 +306,7 @@ class TaskConfig(RunConfig):
         because = "nothing says what an answer is worth. Give path.py:function or the folder of a reward model."
         demand(self, "reward", bool(self.reward or self.env), because)
         fits = not self.reward_weights or len(self.reward_weights) == len(self.reward)
-        demand(self, "reward_weights", fits, f"there are {len(self.reward)} rewards. Give a weight for each, or none.")
+        demand(self, "reward_weights", fits, f"rewards: {len(self.reward)}. Give one weight for each, or none.")
         finite = all(math.isfinite(weight) for weight in self.reward_weights)
         demand(self, "reward_weights", finite, "a weight is a finite number.")
 

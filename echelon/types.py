@@ -116,10 +116,19 @@ class Episode:
         return path[::-1]
 
     def conversation(self, turn: Turn) -> list[Message]:
-        """The prompt of `turn` as messages: what its role had heard and said on its branch before it."""
+        """The prompt of `turn` as messages: what its role had heard and said on its branch before it.
+
+        Utterances between which it heard nothing are one message.
+        """
         messages: list[Message] = []
         for own in (other for other in self.path(turn) if other.role == turn.role):
-            messages += [*own.heard] if own is turn else [*own.heard, Message(role="assistant", content=own.text)]
+            messages += own.heard
+            if own is turn:
+                break
+            if messages and messages[-1]["role"] == "assistant":
+                messages[-1] = Message(role="assistant", content=messages[-1]["content"] + own.text)
+            else:
+                messages.append(Message(role="assistant", content=own.text))
         return messages
 
     def value(self, turn: Turn) -> float:

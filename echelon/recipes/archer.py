@@ -66,6 +66,8 @@ class Config(RunConfig):
     """The environment: a built-in name, path.py:Class or module:Class."""
     env_settings: Settings = field(default_factory=dict)
     """Settings of the environment."""
+    trust_task_code: bool = False
+    """Run Python that stands in a file of tasks (`--env tasks.yaml`), in the sandbox. Read it first."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How utterances are drawn."""
     steps: int = 100
@@ -143,7 +145,7 @@ class Config(RunConfig):
 
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, metrics.jsonl and episodes.jsonl."""
-    env = open_env(cfg.env, cfg.env_settings)
+    env = open_env(cfg.env, cfg.env_settings, trust_code=cfg.trust_task_code)
     actor = open_actor(cfg.model, cfg.sampling, lora=cfg.lora)
     set_threads(cfg.threads, actor.module)
     check_masks(actor.module)

@@ -46,6 +46,8 @@ class Config(RunConfig):
     """The environment: a built-in name, path.py:Class or module:Class."""
     env_settings: Settings = field(default_factory=dict)
     """Settings of the environment."""
+    trust_task_code: bool = False
+    """Run Python that stands in a file of tasks (`--env tasks.yaml`), in the sandbox. Read it first."""
     split: Literal["train", "test"] = "test"
     """Whose tasks are played."""
     episodes: int = 200
@@ -90,7 +92,7 @@ def main(cfg: Config) -> None:
     """Play, print a table, write the files."""
     out = Path(cfg.out)
     check_out(out, overwrite=cfg.overwrite)
-    env = open_env(cfg.env, cfg.env_settings)
+    env = open_env(cfg.env, cfg.env_settings, trust_code=cfg.trust_task_code)
     actor = open_player(cfg) if cfg.player == "model" else None
     set_threads(cfg.threads, actor.module if actor else None)
     if cfg.dry_run:

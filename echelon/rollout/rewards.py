@@ -95,7 +95,7 @@ def open_tasks(cfg: TaskConfig, renderer: Renderer | None = None) -> EnvSpec:
     Raises ConfigError and DataError.
     """
     if cfg.env:
-        return open_env(cfg.env, cfg.env_settings)
+        return open_env(cfg.env, cfg.env_settings, trust_code=cfg.trust_task_code)
     rows = load_rows(cfg.data, "prompt", seed=cfg.seed)
     env = prompts_env(rows.train, rows.held_out, name=", ".join(cfg.data.path))
     if renderer is not None:
@@ -200,7 +200,10 @@ class ModelJudge:
 
     def __init__(self, path: str, *, device: str = "auto", tokens_per_pass: int = 4096) -> None:
         self.name = path
-        self.model = load_reward_model(model_path(path, "reward"), device=device)
+        try:
+            self.model = load_reward_model(model_path(path, "reward"), device=device)
+        except DataError as error:
+            raise DataError(f"reward {path}: {error}") from error
         self._tokens_per_pass = tokens_per_pass
 
     async def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
@@ -219,7 +222,10 @@ class ModelJudge:
 def _answer(episode: Episode, turn: Turn) -> Answer:
     taken = ("messages", "prompts", "completions")
     columns = {key: value for key, value in episode.data.items() if key not in taken}
-    return Answer(episode.task, episode.conversation(turn), turn.text, columns)
+    prompt, said = episode.conversation(turn), turn.text
+    if prompt and prompt[-1]["role"] == "assistant":  # the last utterance of a message that began earlier
+        said = prompt.pop()["content"] + said
+    return Answer(episode.task, prompt, said, columns)
 
 
 def _check_lengths(env: EnvSpec, renderer: Renderer) -> None:

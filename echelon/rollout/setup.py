@@ -39,9 +39,12 @@ class Actor:
     role: Role
 
 
-def open_env(name: str, settings: Mapping[str, Any]) -> EnvSpec:
-    """The environment, checked by playing a few episodes, so that its defects show before any training."""
-    spec = load_env(name, settings)
+def open_env(name: str, settings: Mapping[str, Any], *, trust_code: bool = False) -> EnvSpec:
+    """The environment, checked by playing a few episodes, so that its defects show before any training.
+
+    `trust_code` lets Python in a file of tasks run.
+    """
+    spec = load_env(name, settings, trust_code=trust_code)
     check_env(spec, episodes=2)
     return spec
 
