@@ -497,12 +497,13 @@ def _expected(kind: Any) -> str:
 
 
 def _suggestion(name: str, settings: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:
-    """The setting that was meant: nearly this name in its block, this name in another block, or a part of the block."""
+    """The setting that was meant: this name in another block, nearly this name in its own, or a part of the block."""
     block, _, leaf = name.rpartition(".")
     siblings = [other for other in settings if other != name and other.rpartition(".")[0] == block]
     places = {sibling.rpartition(".")[2]: sibling for sibling in siblings}
-    elsewhere = [other for other in settings if other.endswith(f".{leaf}") or other.startswith(f"{name}.")]
-    meant = [places[close] for close in difflib.get_close_matches(leaf, places, n=1)] or elsewhere
+    same = [other for other in settings if other.endswith(f".{leaf}")]
+    parts = [other for other in settings if other.startswith(f"{name}.")]
+    meant = same or [places[close] for close in difflib.get_close_matches(leaf, places, n=1)] or parts
     return did_you_mean(shown(meant[0]), [shown(meant[0])]) if meant else ""
 
 

@@ -6,7 +6,6 @@ import ast
 import importlib
 import re
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
@@ -161,8 +160,8 @@ def config_of(recipe: str) -> Any:
 
 def defaults(recipe: str) -> Any:
     """The settings of a recipe to which only what has no default was given."""
-    needed = {"--out": "x", "--env": "x", "--model.path": "x", "--data.path": "x"}
     known = _settings(config_of(recipe))
+    needed = {"--out": "x", "--model.path": "x", "--env" if "env" in known else "--data.path": "x"}
     return load(
         config_of(recipe), [], [word for flag in needed.items() if flag[0][2:] in known for word in map(str, flag)]
     )
@@ -249,7 +248,7 @@ def test_what_may_change_within_a_run_is_what_the_page_says() -> None:
         for row, _ in columns(prose(ROOT / "docs" / "resume.md"), "effect")
         for code in CODE.findall(row["setting"])
     }
-    some_recipe_has = {field.name for recipe in cli.recipes() for field in fields(config_of(recipe))}
+    some_recipe_has = {name for recipe in cli.recipes() for name in _settings(config_of(recipe))}
     assert said == MAY_CHANGE & some_recipe_has
 
 

@@ -185,6 +185,11 @@ def _check(data: DataConfig, sources: Sequence[Source], name: str) -> None:
         raise ConfigError(
             f"{name}.subset = {data.subset}: a file has no subsets. Give a folder or a hub id, or no subset."
         )
+    if data.split != "train" and len(files) == len(sources):
+        raise ConfigError(
+            f"{name}.split = {data.split}: {files[0]} is one file, without splits. Leave it out, or give a folder or a "
+            "hub id."
+        )
     if data.eval_split and not data.eval_path and files:
         raise ConfigError(
             f"{name}.eval_split = {data.eval_split}: {files[0]} is one file, without splits. Give eval_path or "

@@ -5,6 +5,7 @@ Built in are `twenty_questions`, `guess_number` and `text_lock`; `load_env` find
 """
 
 from echelon.envs.check import check_env
-from echelon.envs.registry import EnvSpec, load_env
+from echelon.envs._shared import EnvSpec
+from echelon.envs.registry import load_env
 
 __all__ = ["EnvSpec", "check_env", "load_env"]

@@ -1,17 +1,39 @@
-"""What every environment and every scripted player needs: messages, splits, and plain-or-async calls."""
+"""What every environment and every scripted player needs: specs, messages, splits, and plain-or-async calls."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from echelon.errors import ConfigError, did_you_mean
-from echelon.types import Message
+from echelon.types import Env, Message, Task
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class EnvSpec:
+    """An environment class with its settings: what recipes take tasks and episodes from."""
+
+    name: str
+    """As it was asked for."""
+    cls: type[Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of both `cls.tasks` and `cls`."""
+
+    def tasks(self, split: str) -> list[Task]:
+        """The tasks of a split, `train` or `test`, always in the same order."""
+        return list(self.cls.tasks(split, **self.settings))
+
+    def make(self, task: Task) -> Env:
+        """A fresh environment for one episode of `task`."""
+        env: Env = self.cls(task, **self.settings)
+        return env
+
 
 Player = Callable[[Sequence[Message]], str]
 """Plays one episode: the dialogue so far, ending with the environment's words, to the next utterance."""

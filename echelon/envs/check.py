@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from numbers import Real
 from typing import Any, TypeVar
 
-from echelon.envs._shared import SPLITS, run_sync, settle
-from echelon.envs.registry import EnvSpec, env_spec, load_env
+from echelon.envs._shared import SPLITS, EnvSpec, run_sync, settle
+from echelon.envs.registry import env_spec, load_env
 from echelon.errors import DataError, EchelonError
 from echelon.types import Message, Step, Task
 

@@ -1,25 +1,25 @@
 """A maze in which one sees only the walls around: where one is has to be inferred from where one has been.
 
-After the maze of LMRL-Gym (Abdulhai et al., arXiv 2311.18232): a move costs 1, a move into a wall 4, and moves are the only
-thing to say. Knows its layouts and how to walk them, and no model.
+After the maze of LMRL-Gym (Abdulhai et al., arXiv 2311.18232): a move costs 1, a move into a wall 4, and moves are the
+only thing to say. Knows its layouts and how to walk them, and no model.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 from echelon.envs._shared import Player, exchanges, need_at_least, need_kind, need_split, user
+from echelon.errors import DataError
 from echelon.types import Message, Step, Task
 
 Cell = tuple[int, int]
 
 MOVES: dict[str, Cell] = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 ILLEGAL = -4.0
-LOOK_AHEAD = 4
-"""Moves the optimal player thinks ahead while it does not know where it is."""
+"""Reward of running into a wall, and of saying nothing that moves."""
 
 DOUBLE_T = """\
 ###########
@@ -40,8 +40,8 @@ class Maze:
     """Walk to the goal: -1 a move, -4 for one into a wall or a text that is no move, 0 for the one that arrives.
 
     `observed` tells row, column and goal besides the walls around. `size` makes a random maze of size x size cells
-    without cycles, `layout` says which; 0 is the double T. An episode that does not arrive ends after `max_turns`, and that
-    end is `terminated`: the limit is a rule of the game.
+    without cycles, `layout` says which; 0 is the double T. An episode that does not arrive ends after `max_turns`, and
+    that end is `terminated`: the limit is a rule of the game.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class Maze:
         self._free, self._goal = grid(size, layout)
         row, column = task.data["start"]
         self._cell: Cell = (row, column)
+        if self._cell not in self._free - {self._goal}:
+            raise DataError(f"maze: nobody can start at {_place(self._cell)}. Use the task's own settings.")
         self._observed, self._max_turns, self._turns = observed, max_turns, 0
 
     @classmethod
@@ -91,9 +93,7 @@ class Maze:
         return f"You are at {_place(self._cell)}, the goal is at {_place(self._goal)}. {seen}"
 
     @classmethod
-    def utterances(
-        cls, *, size: int = 0, layout: int = 0, observed: bool = False, max_turns: int = 100
-    ) -> list[str]:
+    def utterances(cls, *, size: int = 0, layout: int = 0, observed: bool = False, max_turns: int = 100) -> list[str]:
         """Everything a scripted player may say."""
         return [f"move {direction}" for direction in MOVES]
 
@@ -110,8 +110,8 @@ class Maze:
     ) -> Player:
         """A scripted player of one episode: `random` says any move, `optimal` knows the layout.
 
-        Where the cell is told, its way is a shortest one. Where it is not, it keeps all cells that fit what it has seen
-        and takes the move with the least expected way, thinking four moves ahead: near the optimum.
+        The optimal one keeps all cells that fit what it has seen and takes the move with the least expected way. No
+        player does better: `bound` is what it earns.
         """
         need_kind("maze", kind)
 
@@ -120,7 +120,7 @@ class Maze:
             return f"move {random.Random(f'{seed}/{turn}').choice(list(MOVES))}"
 
         def walk(messages: Sequence[Message]) -> str:
-            return f"move {best_move(size, layout, possible(size, layout, messages))}"
+            return f"move {plan(size, layout)[possible(size, layout, messages)][1]}"
 
         return walk if kind == "optimal" else wander
 
@@ -208,33 +208,65 @@ def _fits(free: frozenset[Cell], cell: Cell, seen: str) -> bool:
     return walls(free, cell) == (re.findall(r"[a-z]+", around) if around else [])
 
 
-@lru_cache(maxsize=1 << 16)
-def best_move(size: int, layout: int, cells: frozenset[Cell]) -> str:
-    """The direction with the least expected way to the goal, for one who may be in any of these cells."""
-    free, _ = grid(size, layout)
-    legal = [direction for direction in MOVES if direction not in walls(free, min(cells))]
-    return min(legal, key=lambda direction: (_after(size, layout, cells, direction, LOOK_AHEAD), direction))
-
-
-@lru_cache(maxsize=1 << 16)
-def _expected(size: int, layout: int, cells: frozenset[Cell], depth: int) -> float:
-    """Expected moves to the goal, summed over the cells: looking ahead, then as if one knew where one is."""
-    away = distances(size, layout)
-    if depth == 0 or len(cells) == 1:
-        return float(sum(away[cell] for cell in cells))
-    free, _ = grid(size, layout)
-    legal = [direction for direction in MOVES if direction not in walls(free, min(cells))]
-    return min(_after(size, layout, cells, direction, depth) for direction in legal)
-
-
-def _after(size: int, layout: int, cells: frozenset[Cell], direction: str, depth: int) -> float:
-    """The same for one who moves this way first: what is seen there tells some of the cells apart."""
+def bound(size: int = 0, layout: int = 0, *, observed: bool = False) -> float:
+    """Mean return of the best play from every start, when `max_turns` is long enough for it."""
     free, goal = grid(size, layout)
-    seen: dict[tuple[str, ...], set[Cell]] = {}
-    for cell in (moved(cell, direction) for cell in cells):
-        if cell != goal:
-            seen.setdefault(tuple(walls(free, cell)), set()).add(cell)
-    return len(cells) + sum(_expected(size, layout, frozenset(there), depth - 1) for there in seen.values())
+    starts = free - {goal}
+    if observed:
+        ways = sum(distances(size, layout).values())
+    else:
+        ways = sum(plan(size, layout)[cells][0] for cells in _told_apart(free, starts))
+    return 1 - ways / len(starts)
+
+
+@cache
+def plan(size: int, layout: int) -> dict[frozenset[Cell], tuple[int, str]]:
+    """The best move for one who may be in any of these cells, and the moves it takes to the goal summed over them.
+
+    Holds every set of cells one can come to, and every single cell. The sums start from below, as if one knew where
+    one is, and grow until none changes: then they are exact, and each move makes what is left strictly less.
+    """
+    free, goal = grid(size, layout)
+    away = distances(size, layout)
+    best = {frozenset([cell]): (away[cell], _nearer(free, away, cell)) for cell in free - {goal}}
+    unsure = _ways(free, goal)
+    best |= {cells: (sum(away[cell] for cell in cells), "") for cells in unsure}
+    changed = True
+    while changed:
+        changed = False
+        for cells, ways in unsure.items():
+            left, direction = min((sum(best[part][0] for part in parts), direction) for direction, parts in ways)
+            now = (len(cells) + left, direction)
+            changed |= now != best[cells]
+            best[cells] = now
+    return best
+
+
+def _nearer(free: frozenset[Cell], away: dict[Cell, int], cell: Cell) -> str:
+    legal = [direction for direction in MOVES if moved(cell, direction) in free]
+    return min(legal, key=lambda direction: (away[moved(cell, direction)], direction))
+
+
+def _ways(free: frozenset[Cell], goal: Cell) -> dict[frozenset[Cell], list[tuple[str, list[frozenset[Cell]]]]]:
+    """Every set of several cells one may be in, and what each move makes of it."""
+    found: dict[frozenset[Cell], list[tuple[str, list[frozenset[Cell]]]]] = {}
+    ahead = _told_apart(free, free - {goal})
+    while ahead:
+        cells = ahead.pop()
+        if len(cells) > 1 and cells not in found:
+            legal = [direction for direction in MOVES if moved(min(cells), direction) in free]
+            there = {direction: {moved(cell, direction) for cell in cells} - {goal} for direction in legal}
+            found[cells] = [(direction, _told_apart(free, there[direction])) for direction in legal]
+            ahead += [part for _, parts in found[cells] for part in parts]
+    return found
+
+
+def _told_apart(free: frozenset[Cell], cells: Iterable[Cell]) -> list[frozenset[Cell]]:
+    """These cells by the walls one sees in them: each part is a set of cells that look alike."""
+    alike: dict[tuple[str, ...], set[Cell]] = {}
+    for cell in cells:
+        alike.setdefault(tuple(walls(free, cell)), set()).add(cell)
+    return [frozenset(part) for part in alike.values()]
 
 
 def _place(cell: Cell) -> str:

@@ -14,8 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from echelon.envs._shared import Player, run_sync, settle
-from echelon.envs.registry import EnvSpec, load_env
+from echelon.envs._shared import EnvSpec, Player, run_sync, settle
+from echelon.envs.registry import load_env
 from echelon.errors import DataError, EchelonError, RolloutError
 from echelon.types import Message, Task
 

@@ -9,8 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from echelon.envs._shared import need_split
-from echelon.envs.registry import EnvSpec
+from echelon.envs._shared import EnvSpec, need_split
 from echelon.errors import ConfigError, DataError
 from echelon.types import Message, Step, Task
 

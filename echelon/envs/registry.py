@@ -12,13 +12,13 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from echelon.envs._shared import EnvSpec
 from echelon.errors import ConfigError, DataError, did_you_mean
-from echelon.types import Env, Task
 
 BUILT_IN = {
     "guess_number": "echelon.envs.guess_number:GuessNumber",
@@ -28,26 +28,6 @@ BUILT_IN = {
 }
 
 _OWN = "path/to/file.py:ClassName, package.module:ClassName or tasks.yaml"
-
-
-@dataclass(frozen=True, slots=True)
-class EnvSpec:
-    """An environment class with its settings: what recipes take tasks and episodes from."""
-
-    name: str
-    """As it was asked for."""
-    cls: type[Any]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of both `cls.tasks` and `cls`."""
-
-    def tasks(self, split: str) -> list[Task]:
-        """The tasks of a split, `train` or `test`, always in the same order."""
-        return list(self.cls.tasks(split, **self.settings))
-
-    def make(self, task: Task) -> Env:
-        """A fresh environment for one episode of `task`."""
-        env: Env = self.cls(task, **self.settings)
-        return env
 
 
 def load_env(name: str, settings: Mapping[str, Any] | None = None, *, trust_code: bool = False) -> EnvSpec:

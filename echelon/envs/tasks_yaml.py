@@ -26,8 +26,7 @@ from typing import Any
 
 import yaml
 
-from echelon.envs._shared import need_split
-from echelon.envs.registry import EnvSpec
+from echelon.envs._shared import EnvSpec, need_split
 from echelon.errors import ConfigError, DataError, did_you_mean
 from echelon.sandbox import Limits, Program, ProgramError
 from echelon.types import Message, Step, Task

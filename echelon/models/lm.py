@@ -129,6 +129,8 @@ def _load_whole(
             f"no causal language model could be loaded from '{path}': {_first_line(error)} "
             "It must be a Hugging Face folder with config.json and weights."
         ) from error
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        raise DataError(f"'{path}' is a reward model, which writes nothing. Give a language model.")
     module: nn.Module = model
     if not packed:
         module.to(place)
@@ -533,7 +535,7 @@ def _check_folder(path: str) -> None:
     if folder.is_dir() and not ((folder / "config.json").is_file() or (folder / lora.CONFIG).is_file()):
         raise DataError(f"'{path}' is a folder without config.json, so it is not a Hugging Face model folder.")
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise DataError(f"model.path = {path}: there is no such folder.")
+        raise DataError(f"there is no model folder '{path}'. Give a folder, a run directory or a hub id (name/model).")
 
 
 def _first_line(error: Exception) -> str:

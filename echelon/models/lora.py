@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,8 @@ def load(module: nn.Module, folder: str, *, name: str = DEFAULT, trains: bool = 
     kind = _read_config(folder).get("peft_type")
     if kind != "LORA":
         raise DataError(f"'{folder}' is an adapter of kind {kind}: only LoRA adapters are read. Give one of those.")
+    if Path(folder).is_dir() and not any((Path(folder) / file).is_file() for file in (WEIGHTS, "adapter_model.bin")):
+        raise DataError(f"'{folder}' has {CONFIG} and no {WEIGHTS}: half an adapter. Copy that file there too.")
     try:
         with _no_advice(), warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -96,8 +99,8 @@ def load(module: nn.Module, folder: str, *, name: str = DEFAULT, trains: bool = 
         missing = [str(warning.message) for warning in told if "missing adapter keys" in str(warning.message)]
         if missing:
             raise ValueError(missing[0])
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
+    except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(".")
         raise DataError(
             f"'{folder}': the adapter does not fit {type(module).__name__} ({reason}). Load it on the model it was "
             "trained on."

@@ -23,10 +23,10 @@ from echelon.config import SamplingConfig, demand
 from echelon.data.datasets import load_rows
 from echelon.data.pairs import Pair, Pairs, pack_pairs, passes, render_pairs
 from echelon.errors import CheckpointError, DataError
-from echelon.models.lm import shares_prompts, token_logprobs
+from echelon.models.lm import load_tokenizer, shares_prompts, token_logprobs
 from echelon.ops import losses, preference
 from echelon.rollout.evaluate import bootstrap
-from echelon.rollout.setup import Actor, describe, open_actor, set_threads
+from echelon.rollout.setup import Actor, describe, model_path, open_actor, set_threads
 from echelon.train.fit import StageConfig, fit, total_steps
 from echelon.train.learner import Learner
 
@@ -78,6 +78,8 @@ def main(cfg: Config) -> None:
     learner = Learner(actor.module, cfg.optim, total_steps=steps, name="actor", tokenizer=actor.tokenizer)
     if cfg.dry_run:
         return describe({"actor": actor.module}, tokens_per_step=2 * cfg.rows_per_step * cfg.max_tokens)
+    if cfg.reference and not cfg.resume:  # its log-probs are in the checkpoints
+        check_words(cfg, actor)
     reference = Reference(lambda: refer(cfg, actor, {"train": train, "held_out": held_out}, share=share))
     fit(
         cfg,
@@ -183,6 +185,15 @@ class Reference:
             ) from error
 
 
+def check_words(cfg: Config, actor: Actor) -> None:
+    """Raise DataError, before anything is written, for a reference that is not there or reads other tokens."""
+    if load_tokenizer(model_path(cfg.reference)).get_vocab() != actor.tokenizer.get_vocab():
+        raise DataError(
+            f"reference = {cfg.reference}: its tokenizer is not that of {cfg.model.path}, so their log-probabilities "
+            "are of different tokens. Give a model with the same one."
+        )
+
+
 @torch.no_grad()
 def refer(cfg: Config, actor: Actor, rows: dict[str, list[Pair]], *, share: bool) -> dict[str, Tensor]:
     """log π_ref of every answer: of the model as it is now, or of another one, which is dropped afterwards."""
@@ -191,11 +202,6 @@ def refer(cfg: Config, actor: Actor, rows: dict[str, list[Pair]], *, share: bool
     module = actor.module
     if cfg.reference:
         other = open_actor(replace(cfg.model, path=cfg.reference), SamplingConfig(), plain_template=True)
-        if other.tokenizer.get_vocab() != actor.tokenizer.get_vocab():
-            raise DataError(
-                f"reference = {cfg.reference}: its tokenizer is not that of {cfg.model.path}, so their "
-                "log-probabilities are of different tokens. Give a model with the same one."
-            )
         module = other.module
     module.eval()
     device = next(module.parameters()).device

@@ -104,6 +104,9 @@ class Config(TaskConfig):
                     "siblings are compared, so there must be at least 2. Raise it, or use ppo, which has a critic."
                 )
             demand(self, name, getattr(self, name) >= least, because)
+        episodes = self.tasks_per_step * self.group_size
+        because = f"some would have none of a step's {episodes} episodes. Give that many, or fewer."
+        demand(self, "policy.minibatches", self.policy.minibatches <= episodes, because)
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
         self._check_comparison()
         self._check_lengths()
@@ -136,8 +139,8 @@ class Config(TaskConfig):
 
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, metrics.jsonl and episodes.jsonl."""
-    env = open_tasks(cfg)
     actor = open_actor(cfg.model, cfg.sampling, lora=cfg.lora)
+    env = open_tasks(cfg, actor.role.renderer)
     rewards = open_rewards(cfg, device=cfg.model.device, tokens_per_pass=cfg.tokens_per_pass)
     set_threads(cfg.threads, actor.module)
     updates = cfg.steps * cfg.policy.epochs * cfg.policy.minibatches
@@ -168,6 +171,7 @@ def main(cfg: Config) -> None:
         with Log(out, total=cfg.steps, start=start, name="grpo", config=cfg.log, settings=cfg) as log:
             for step in range(start, cfg.steps):
                 seed = derive_seed(cfg.seed, step)
+                torch.manual_seed(seed)  # dropout, where an adapter has any
                 found = play_groups(cfg, tasks, play, rewards, drawn=drawn, seed=seed)
                 episodes, drawn = found.episodes, drawn + found.tasks
                 played = [episode for group in found.groups for episode in group]

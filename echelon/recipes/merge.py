@@ -61,7 +61,7 @@ class Config(RunConfig):
 
 def main(cfg: Config) -> None:
     """Merge, compare, write, and upload if asked to."""
-    out, path = Path(cfg.out), model_path(cfg.adapter)
+    out, path = Path(cfg.out), adapter_path(cfg.adapter)
     check(cfg, out, path)
     hub = log_in(cfg.push) if cfg.push else None
     below = model_path(cfg.base) if cfg.base else base_of(path)
@@ -103,6 +103,14 @@ def check(cfg: Config, out: Path, path: str) -> None:
             f"is, or give the folder that has {lora.CONFIG}."
         )
     raise DataError(f"adapter = {cfg.adapter}: there is no {lora.CONFIG}. Give the folder or hub id of an adapter.")
+
+
+def adapter_path(path: str) -> str:
+    """The folder meant by `path`: of a run, that of its policy or of its reward model."""
+    try:
+        return model_path(path)
+    except CheckpointError:
+        return model_path(path, "reward")
 
 
 def base_of(path: str) -> str:

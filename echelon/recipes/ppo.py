@@ -112,6 +112,9 @@ class Config(TaskConfig):
         counts = ("steps", "episodes_per_step", "max_turns", "value_epochs", "value_minibatches", "tokens_per_pass")
         for name in (*counts, "ptx_rows"):
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
+        because = f"some would have none of a step's {self.episodes_per_step} episodes. Give that many, or fewer."
+        demand(self, "value_minibatches", self.value_minibatches <= self.episodes_per_step, because)
+        demand(self, "policy.minibatches", self.policy.minibatches <= self.episodes_per_step, because)
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
         for name in ("gamma", "lam"):
             demand(self, name, 0 <= getattr(self, name) <= 1, "a discount lies between 0 and 1.")
@@ -138,12 +141,9 @@ def main(cfg: Config) -> None:
     value = Learner(online, cfg.value_optim, total_steps=fits, name="value")
     reference = starting_policy(actor.module, replace(cfg.policy, kl_coef=cfg.policy.kl_coef or cfg.shaping.kl_coef))
     shaper, mean = Shaper(cfg.shaping), Average(policy, cfg.ema_decay) if cfg.ema_decay else None
-    parts: dict[str, Saveable] = {"actor": policy, "value": value}
-    parts |= {"reference": Weights(reference)} if reference not in (None, actor.module) else {}
-    parts |= {"shaping": shaper} if cfg.shaping.remembers else {}
-    parts |= {"ema": mean} if mean else {}
+    parts = saved_parts(policy, value, reference, shaper, mean)
     if cfg.dry_run:
-        sampled = cfg.episodes_per_step * cfg.max_turns * cfg.sampling.max_tokens
+        sampled = cfg.episodes_per_step * (cfg.max_turns if cfg.env else 1) * cfg.sampling.max_tokens
         return describe({"actor": actor.module, "value": online}, tokens_per_step=sampled)
 
     tasks = env.tasks("train")
@@ -160,6 +160,7 @@ def main(cfg: Config) -> None:
         with Log(out, total=cfg.steps, start=start, name="ppo", config=cfg.log, settings=cfg) as log:
             for step in range(start, cfg.steps):
                 seed = derive_seed(cfg.seed, step)
+                torch.manual_seed(seed)  # dropout, where an adapter has any
                 chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
                 episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
                 given = rewards.add(episodes)
@@ -205,11 +206,25 @@ def open_value(cfg: Config, actor: Actor) -> TokenValue:
     return TokenValue.from_scorer(scorer)
 
 
+def saved_parts(
+    policy: Learner, value: Learner, reference: nn.Module | None, shaper: Shaper, mean: Average | None
+) -> dict[str, Saveable]:
+    """What a checkpoint holds: what learns, and what else later steps depend on. An adapter knows its own start."""
+    parts: dict[str, Saveable] = {"actor": policy, "value": value}
+    if reference is not None and reference is not policy.module:
+        parts["reference"] = Weights(reference)
+    if shaper.settings.remembers:
+        parts["shaping"] = shaper
+    if mean is not None:
+        parts["ema"] = mean
+    return parts
+
+
 def ptx_batches(cfg: Config, actor: Actor) -> Callable[[int], Batch] | None:
     """For the number of an optimizer step, the conversations that join it: each epoch is a new order of all rows."""
     if not cfg.ptx.path:
         return None
-    rows = load_rows(cfg.ptx, "sft", seed=cfg.seed).train
+    rows = load_rows(cfg.ptx, "sft", seed=cfg.seed, name="ptx").train
 
     def batch(number: int) -> Batch:
         chosen = task_batch(rows, number, cfg.ptx_rows, seed=derive_seed(cfg.seed, "ptx"))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from echelon.config import demand
 from echelon.data.datasets import load_rows
 from echelon.data.pairs import Pair, Pairs, pack_pairs, passes, render_pairs
+from echelon.errors import CheckpointError
 from echelon.models.reward import Scale, answers_share, open_reward_module, read_scale, turn_scores, write_scale
 from echelon.ops import losses, preference
 from echelon.rollout.evaluate import bootstrap
@@ -49,7 +50,7 @@ class Config(StageConfig):
 
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, the best model on held-out pairs, and metrics.jsonl."""
-    model = replace(cfg.model, path=model_path(cfg.model.path))
+    model = replace(cfg.model, path=start_path(cfg.model.path))
     module, tokenizer, _ = open_reward_module(model, cfg.lora, seed=cfg.seed, plain_template=True)
     set_threads(cfg.threads, module)
     data = load_rows(cfg.data, "preference", seed=cfg.seed)
@@ -73,6 +74,14 @@ def main(cfg: Config) -> None:
         notes=[*notes, *more_notes],
         name="reward",
     )
+
+
+def start_path(path: str) -> str:
+    """The folder or hub id to start from: of a run, its reward model or its policy, whichever it trained."""
+    try:
+        return model_path(path, "reward")
+    except CheckpointError:
+        return model_path(path)
 
 
 def loss_fn(

@@ -43,7 +43,8 @@ def main(cfg: Config) -> None:
     actor = open_actor(cfg.model, SamplingConfig(max_prompt_tokens=cfg.max_tokens), lora=cfg.lora, plain_template=True)
     set_threads(cfg.threads, actor.module)
     data, notes = load_rows(cfg.data, "sft", seed=cfg.seed), list[str]()
-    train, held_out = (tokenised(rows, actor, cfg, notes) for rows in (data.train, data.held_out))
+    train = tokenised(data.train, actor, cfg, notes)
+    held_out = tokenised(data.held_out, actor, cfg, notes, what="held-out conversations")
     lay_out = layout(cfg, actor.module)
     steps = total_steps(cfg, len(train))
     learner = Learner(actor.module, cfg.optim, total_steps=steps, name="actor", tokenizer=actor.tokenizer)
@@ -71,7 +72,6 @@ def loss_fn(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
 
 def evaluate(learner: Learner, rows: Sequence[list[Example]], tokens_per_pass: int) -> dict[str, float]:
     """Loss and perplexity of all held-out tokens together: longer conversations weigh more, and passes nothing."""
-    learner.module.eval()
     total, count = 0.0, 0.0
     for group in group_rows([len(row[-1].prompt) + len(row[-1].action) for row in rows], tokens_per_pass):
         batch = pack([example for number in group for example in rows[number]])
@@ -99,7 +99,9 @@ def layout(cfg: Config, module: nn.Module) -> Callable[[list[Example]], Batch]:
     return partial(pack_documents, max_tokens=cfg.max_tokens)
 
 
-def tokenised(rows: Sequence[Sft], actor: Actor, cfg: Config, notes: list[str]) -> list[list[Example]]:
+def tokenised(
+    rows: Sequence[Sft], actor: Actor, cfg: Config, notes: list[str], *, what: str = "conversations"
+) -> list[list[Example]]:
     """What is seen and said in each conversation, none longer than `max_tokens`; what had to be done goes to `notes`.
 
     Raises DataError for one that is too long, if `too_long` says so, and if none is left.
@@ -107,7 +109,7 @@ def tokenised(rows: Sequence[Sft], actor: Actor, cfg: Config, notes: list[str]) 
     documents = [actor.role.renderer.examples(row.messages) for row in rows]
     if too_long := [document for document in documents if length(document) > cfg.max_tokens]:
         where = ", ".join(cfg.data.path)
-        many = f"{len(too_long)} of {len(rows)} conversations are longer than max_tokens = {cfg.max_tokens}"
+        many = f"{len(too_long)} of {len(rows)} {what} are longer than max_tokens = {cfg.max_tokens}"
         if cfg.too_long == "error":
             raise DataError(
                 f"{where}: {many}; the longest has {max(map(length, too_long))} tokens. Raise max_tokens, or give "

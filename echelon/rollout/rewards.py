@@ -18,9 +18,9 @@ import numpy as np
 
 from echelon.config import TaskConfig
 from echelon.data.datasets import load_rows
-from echelon.envs._shared import run_sync, settle
+from echelon.envs._shared import EnvSpec, run_sync, settle
 from echelon.envs.prompts import prompts_env
-from echelon.envs.registry import EnvSpec, import_code
+from echelon.envs.registry import import_code
 from echelon.errors import ConfigError, DataError, EchelonError, did_you_mean
 from echelon.models.reward import load_reward_model
 from echelon.rollout.setup import model_path, open_env

@@ -81,7 +81,7 @@ def _shortened(renderer: Renderer, messages: Sequence[Message], room: int) -> li
     while len(parts) > 2 and sum(map(len, parts)) > room:
         parts.pop(1)
     if sum(map(len, parts)) <= room:
-        return [token for part in parts for token in part]
+        return _joined(parts)
     if room < 1:
         return None
     kept = _without_middle(messages)
@@ -91,12 +91,16 @@ def _shortened(renderer: Renderer, messages: Sequence[Message], room: int) -> li
         def ending(length: int, place: int = place, message: Message = message) -> list[int]:
             """The prompt with the last `length` characters of this message."""
             text = message["content"][len(message["content"]) - length :]
-            return renderer.render([*kept[:place], {**message, "content": text}, *kept[place + 1 :]])
+            return _joined(renderer.segments([*kept[:place], {**message, "content": text}, *kept[place + 1 :]]))
 
         if len(ending(0)) <= room:
             return ending(_largest(len(message["content"]), lambda length: len(ending(length)) <= room))
         kept[place] = {**message, "content": ""}
     return None
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> list[int]:
+    return [token for part in parts for token in part]
 
 
 def _without_middle(messages: Sequence[Message]) -> list[Message]:

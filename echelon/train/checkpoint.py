@@ -30,7 +30,10 @@ from echelon.errors import CheckpointError, ConfigError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
-MAY_CHANGE = frozenset({"steps", "resume", "save_every", "keep_last", "threads", "dry_run", "traceback", "out"})
+MAY_CHANGE = frozenset(
+    {"steps", "resume", "save_every", "keep_last", "threads", "dry_run", "traceback", "out"}
+    | {"log.to", "log.project", "log.name"}
+)
 """Settings that may differ when a run is resumed."""
 
 _STEP = re.compile(r"step_(\d{6,})")

@@ -1,7 +1,7 @@
 """From what episodes earned to the reward of every token: normalised, bounded, penalised, less KL to the start.
 
 Holds what has to survive from step to step (running statistics, the weight of KL) and saves it. The formulas are in
-`echelon.ops.shaping`.
+`echelon.ops.shaped`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from echelon.config import demand
 from echelon.data.packing import Batch
 from echelon.ops import losses
 from echelon.ops.masked import masked_whiten
-from echelon.ops.shaping import Moments, adaptive_kl, kl_rewards, normalise
+from echelon.ops.shaped import Moments, adaptive_kl, kl_rewards, normalise
 from echelon.types import Episode
 
 
@@ -29,7 +29,7 @@ from echelon.types import Episode
 class ShapingConfig:
     """What rewards are made into before credit is assigned; by default nothing."""
 
-    normalize: Literal["none", "scale", "standard"] = "none"
+    normalize: Literal["off", "scale", "standard"] = "off"
     """Divide rewards by the running deviation of returns (scale); also take off their running mean (standard)."""
     clip: float | None = None
     """Largest size of a turn's reward, after normalising; null does not bound it."""
@@ -61,7 +61,7 @@ class ShapingConfig:
     @property
     def remembers(self) -> bool:
         """Whether one step's rewards depend on what was seen in earlier ones."""
-        return self.normalize != "none" or self.kl_target is not None
+        return self.normalize != "off" or self.kl_target is not None
 
 
 class Shaper:
@@ -115,7 +115,7 @@ class Shaper:
         """What each turn is worth, KL aside."""
         turns = [turn for episode in played for turn in episode.turns]
         rewards_N = torch.tensor([turn.reward for turn in turns])
-        if self.settings.normalize != "none":
+        if self.settings.normalize != "off":
             self.moments = self.moments.having_seen([episode.reward for episode in played])
             rewards_N = normalise(rewards_N, _last(played), self.moments, how=self.settings.normalize)
         if self.settings.clip is not None:

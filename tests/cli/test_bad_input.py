@@ -103,11 +103,10 @@ def prepare(folder: Path) -> None:
 GRPO = "grpo good.yaml --out r"
 MISSING = "missing: nothing sets it. Put it in a settings file, or give"
 ENVS = (
-    "Built in: guess_number, text_lock, twenty_questions. Your own: path/to/file.py:ClassName or "
-    "package.module:ClassName."
+    "Built in: guess_number, maze, text_lock, twenty_questions. Your own: path/to/file.py:ClassName, "
+    "package.module:ClassName or tasks.yaml."
 )
-NOT_CONVERSATION = 'Each line must be {"messages": [{"role": …, "content": …}, …]}.'
-
+MODEL = "Give a folder, a run directory or a hub id (name/model)."
 TABLE = [
     # settings
     ("grpo typo.yaml --out r", "typo.yaml: unknown key 'grop_size'. Did you mean 'group_size'?"),
@@ -115,7 +114,7 @@ TABLE = [
     (f"{GRPO} --lr 1", "unknown flag '--lr'. Did you mean '--policy.optim.lr'?"),
     ("grpo type.yaml --out r", "type.yaml: group_size = many: expected a whole number."),
     (f"{GRPO} --group-size 2.5", "--group-size 2.5: expected a whole number."),
-    (f"{GRPO} --scale stdd", "--scale stdd: expected one of none, std. Did you mean 'std'?"),
+    (f"{GRPO} --scale stdd", "--scale stdd: expected one of none, std, batch_std. Did you mean 'std'?"),
     (f"{GRPO} --steps", "--steps: expected a whole number after it."),
     ("grpo goood.yaml --out r", "goood.yaml: no such file. Did you mean 'good.yaml'?"),
     ("grpo bad.yaml --out r", "bad.yaml: line 2: expected ',' or ']', but got ':'."),
@@ -143,8 +142,8 @@ TABLE = [
         "sampling.temperature = 0.0: training draws at random. Give 1, or near it.",
     ),
     # models
-    (f"{GRPO} --model.path ./nowhere", "model.path = ./nowhere: there is no such folder."),
-    (f"{GRPO} --model.path nowhere", "model.path = nowhere: there is no such folder."),
+    (f"{GRPO} --model.path ./nowhere", f"there is no model folder './nowhere'. {MODEL}"),
+    (f"{GRPO} --model.path nowhere", f"there is no model folder 'nowhere'. {MODEL}"),
     (
         f"{GRPO} --model.path empty",
         "'empty' is a folder without config.json, so it is not a Hugging Face model folder.",
@@ -197,26 +196,19 @@ TABLE = [
         "outside.",
     ),
     # data
-    (
-        "sft --model.path good --out r --data.path nothing.jsonl",
-        "data = nothing.jsonl: there is no such file. Give a JSONL file with one conversation per line.",
-    ),
-    (
-        "sft --model.path good --out r --data.path none.jsonl",
-        "none.jsonl holds no conversation. Put one JSON object with 'messages' on each line.",
-    ),
-    ("sft --model.path good --out r --data.path torn.jsonl", "torn.jsonl:1: not a conversation (JSONDecodeError: …"),
-    (
-        "sft --model.path good --out r --data.path keys.jsonl",
-        f"keys.jsonl:1: not a conversation (KeyError: 'messages'). {NOT_CONVERSATION}",
-    ),
+    ("sft --model.path good --out r", "data.path is missing: nothing sets it. Put it in a settings file, or give …"),
+    ("sft --model.path good --out r --data.path nothing.jsonl", "data.path = nothing.jsonl: there is no such file. …"),
+    ("sft --model.path good --out r --data.path none.jsonl", "none.jsonl holds no row. …"),
+    ("sft --model.path good --out r --data.path torn.jsonl", "torn.jsonl:1: not JSON: …"),
+    ("sft --model.path good --out r --data.path keys.jsonl", "keys.jsonl:1: the columns prompt do not make rows …"),
     (
         "sft --model.path good --out r --data.path silent.jsonl",
         "silent.jsonl:1: no message is the assistant's, so there is nothing to learn from. Remove the line.",
     ),
     (
         "sft --model.path good --out r --data.path long.jsonl --max-tokens 64",
-        "long.jsonl: the longest conversation has …",
+        "long.jsonl: 1 of 1 conversations are longer than max_tokens = 64; the longest has 601 tokens. Raise "
+        "max_tokens, or give too_long = drop or cut.",
     ),
     # runs
     (

@@ -216,7 +216,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (("--group-sise", "1"), "unknown flag '--group-sise'. Did you mean '--group-size'?"),
         (("--optim.lrr", "1"), "unknown flag '--optim.lrr'. Did you mean '--optim.lr'?"),
         (("--lr", "1"), "unknown flag '--lr'. Did you mean '--optim.lr'?"),
-        (("--optim", "1"), "unknown flag '--optim'. Did you mean '--optim.lr'?"),
+        (("--optim", "1"), "unknown flag '--optim'. Did you mean '--optim.name'?"),
         (("--zebra",), "unknown flag '--zebra'."),
         (("--no-seed",), "unknown flag '--no-seed'. Did you mean '--seed'?"),
         (("--optim.lr", "fast"), "--optim.lr fast: expected a number."),

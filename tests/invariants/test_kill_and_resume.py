@@ -31,7 +31,7 @@ FLAGS = {
     "archer": [*PLAYS, *FEW, "--critic-updates", "3", "--critic-episodes", "4", "--actor-episodes", "8"],
     "ppo": [*PLAYS, *FEW],
     "grpo": [*PLAYS, "--tasks-per-step", "2", "--group-size", "4"],
-    "sft": ["--rows-per-step", "8"],
+    "sft": ["--rows-per-step", "8", "--data.eval-fraction", "0.3", "--eval-every", "2"],
 }
 
 

@@ -123,8 +123,8 @@ def test_weights_take_the_type_they_are_asked_for(folder: Path) -> None:
     ("path", "message"),
     [
         ("", "model.path is empty"),
-        ("./nowhere", r"model\.path = \./nowhere: there is no such folder"),
-        ("nowhere", "there is no such folder"),
+        ("./nowhere", r"there is no model folder '\./nowhere'"),
+        ("nowhere", "there is no model folder 'nowhere'"),
         ("someone/nothing", "could be loaded from 'someone/nothing'"),
     ],
 )

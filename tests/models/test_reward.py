@@ -60,6 +60,8 @@ def language_model(style: str, folder: Path) -> ModelConfig:
     tokenizer = make_tokenizer(**KINDS[kind])
     if "padding ends" in style:
         tokenizer.pad_token = "<|im_end|>"
+    if "gpt2" in style:  # its positions ignore the attention mask, so padding on the left would move every token
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     settings = getattr(transformers, config)(
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends, **sizes

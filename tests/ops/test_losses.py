@@ -104,6 +104,13 @@ def test_a_weight_at_its_bound_still_teaches():
     assert logprobs.grad.tolist() == pytest.approx([-10.0])
 
 
+def test_the_weight_of_cispo_is_a_constant():
+    """−2·w·log π with w = 3 has the slope −6; if w moved with π there were a second term."""
+    logprobs = tensor(math.log(3.0), requires_grad=True)
+    losses.cispo(logprobs, tensor(0.0), tensor(2.0))[0].sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx([-6.0])
+
+
 ROWS = torch.tensor([[True, True, False, True], [False, True, True, True]])
 SEQUENCE = torch.tensor([[0, 0, -1, 2], [-1, 1, 1, 1]])
 """Four positions in two rows; the first row has two sequences."""
@@ -115,7 +122,7 @@ def test_sequence_means_by_hand():
 
 
 def test_gspo_by_hand():
-    """Of the first sequence s = √(2·½) = 1, though both its tokens are far from a ratio of 1; of the second √(2·8) = 4."""
+    """Of the first sequence s = √(2·½) = 1, far as its tokens are from a ratio of 1; of the last s = √(2·8) = 4."""
     logprobs = tensor([math.log(2), math.log(0.5), 9.0, 0.0], [9.0, 0.0, math.log(2), math.log(8)])
     sequence = torch.tensor([[0, 0, -1, 2], [-1, 3, 1, 1]])
     loss, stats = losses.gspo(logprobs, torch.zeros(2, 4), torch.full((2, 4), 3.0), ROWS, sequence, low=0.2, high=0.5)

@@ -36,9 +36,7 @@ class Trajectory:
         def means(numbers: list[float]) -> list[float]:
             return [sum(numbers[at : at + count]) / count for at in range(0, len(numbers), count)]
 
-        return replace(
-            self, losses=means(self.losses), grad_norms=means(self.grad_norms), rates=means(self.rates)
-        )
+        return replace(self, losses=means(self.losses), grad_norms=means(self.grad_norms), rates=means(self.rates))
 
 
 def sft(

@@ -10,17 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from echelon import cli
 from echelon.config import ModelConfig, SamplingConfig
 from echelon.data.packing import Batch, pack
 from echelon.envs import EnvSpec
 from echelon.envs.prompts import prompts_env
 from echelon.errors import ConfigError, RolloutError
+from echelon.models.lm import tiny
 from echelon.recipes.grpo import Config, at_first, average_of, compare, play_groups, to_go
 from echelon.rollout.rewards import Reward, Rewards
 from echelon.train.policy import PolicyConfig
 from echelon.types import Episode, Message, Task, Turn
-from tests.recipes.conftest import made, taught
+from tests.recipes.conftest import Run, taught
 
+ROOT = Path(__file__).parents[2]
 SMALL = ("--steps", 2, "--tasks-per-step", 2, "--group-size", 4, "--policy.epochs", 2)
 
 
@@ -147,7 +150,7 @@ def test_kl_can_be_charged_to_the_return_of_an_episode() -> None:
     cfg = config(scale="none", weigh="tokens", kl_in="episodes", policy=PolicyConfig(kl_coef=0.1))
     batch = with_start(pack([turn for e in TWO[0] for turn in e.turns]), [1.0, 2.0, -4.0, 3.0])
     metrics = compare(cfg, batch, TWO)
-    assert at_first(batch).tolist() == pytest.approx([0.6, 0.6, -0.6])  # returns 1 + 0.1, and −0.3
+    assert at_first(batch).tolist() == pytest.approx([0.7, 0.7, -0.7])  # returns 1.1 and −0.3
     assert metrics["group/kl_to_start"] == pytest.approx(1.0)  # (−1 + 3) / 2
 
 
@@ -242,10 +245,9 @@ def test_groups_without_a_difference_are_replaced_by_the_tasks_that_follow() -> 
     assert found.metrics["group/replaced"] == found.tasks - 5
     assert found.metrics["group/missing"] == 0
     assert found.metrics["group/zero_variance"] == pytest.approx((found.tasks - 5) / found.tasks)
-    before = set(play.played)
-    assert len(set(groups_of(cfg, play, drawn=found.tasks, tasks=12).episodes[0].task)) > 0
-    rest = play.played[2 * found.tasks :][: 2 * (12 - found.tasks)]
-    assert before.isdisjoint(rest)
+    following = Table(lambda number, sibling: 0.0)
+    groups_of(config(tasks_per_step=12 - found.tasks), following, drawn=found.tasks)
+    assert set(play.played) ^ set(following.played) == set(range(12))
 
 
 def test_no_more_tasks_are_drawn_than_is_allowed() -> None:
@@ -259,6 +261,11 @@ def test_when_no_group_differs_the_step_is_taken_all_the_same() -> None:
     found = groups_of(config(tasks_per_step=4, group_size=2, replacements=3), Table(lambda *_: 1.0))
     assert (found.tasks, len(found.groups)) == (7, 7)
     assert found.metrics == {"group/zero_variance": 1.0, "group/replaced": 3.0, "group/missing": 4.0}
+
+
+def test_a_task_that_replaces_itself_is_played_anew() -> None:
+    found = groups_of(config(tasks_per_step=1, group_size=2, replacements=3), Table(lambda *_: 1.0), tasks=1)
+    assert len({episode.seed for episode in found.episodes}) == 8
 
 
 def test_whether_a_group_differs_is_seen_after_the_rewards_are_added() -> None:
@@ -401,6 +408,116 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, object], mess
 def test_without_a_comparison_one_answer_to_each_prompt_is_enough() -> None:
     assert config(group_size=1, baseline="none", scale="none").group_size == 1
     assert config(group_size=1, baseline="batch").group_size == 1
+
+
+LETTERS = "abc"
+
+REWARDS = """
+def same(prompts, completions, answer):
+    return [float(said == wanted) for said, wanted in zip(completions, answer, strict=True)]
+
+
+def brief(prompts, completions):
+    return [-float(len(said) > 1) for said in completions]
+"""
+
+
+@pytest.fixture(scope="session")
+def speller(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with prompts that ask for a letter, rewards, and a model that says this one every other time, and else
+    one of two others."""
+    folder = tmp_path_factory.mktemp("letters")
+    rows = [{"prompt": f"say {letter}", "answer": letter} for letter in LETTERS]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(REWARDS)
+    games = [{"prompt": row["prompt"], "response": letter} for row in rows for letter in LETTERS + row["answer"]]
+    (folder / "games.jsonl").write_text("".join(json.dumps(game) + "\n" for game in games))
+    module, tokenizer = tiny([row["prompt"] for row in rows], vocab_size=300, hidden=32, layers=1, heads=2)
+    module.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    taught(folder / "model", folder / "games.jsonl", folder / "sft", epochs=150)
+    return folder
+
+
+@pytest.fixture
+def spell(speller: Path) -> list[object]:
+    """Flags to train on it."""
+    words = ["--model.path", speller / "sft", "--data.path", speller / "prompts.jsonl", "--sampling.max-tokens", 3]
+    return [*words, "--reward", f"{speller}/rewards.py:same", f"{speller}/rewards.py:brief"]
+
+
+def test_prompts_and_reward_functions_are_enough_and_each_reward_is_logged(train, spell: list[object]) -> None:
+    run = train("grpo", *spell, *SMALL, "--reward-weights", 2, 0.5)
+    for row in run.rows():
+        expected = 2 * row["reward/same"] + 0.5 * row["reward/brief"]
+        assert row["reward/mean"] == pytest.approx(expected, abs=1e-6)
+        assert 0 <= row["reward/same"] <= 1
+        assert {"reward/same/std", "reward/brief/std"} <= row.keys()
+        assert row["policy/first_mismatch"] < 1e-4
+
+
+@pytest.mark.parametrize("place", ["loss", "episodes", "tokens"])
+def test_kl_counts_in_one_place(train, spell: list[object], place: str) -> None:
+    """In the reward it is charged as it was sampled, 0 in the first step; only in the loss are rows without advantage
+    computed, since only there they teach."""
+    run = train("grpo", *spell, *SMALL, "--steps", 3, "--policy.kl-coef", 0.5, "--kl-in", place)
+    for row in run.rows():
+        assert ("policy/kl_to_start" in row) is (place == "loss")
+        assert ("group/kl_to_start" in row) is (place != "loss")
+        assert place != "loss" or row["policy/rows_left_out"] == 0
+    if place != "loss":
+        charged = [row["group/kl_to_start"] for row in run.rows()]
+        assert abs(charged[0]) < 1e-5 < abs(charged[2])
+
+
+DAPO = ("--replacements", 6, "--weigh", "tokens", "--overlong-cache", 1, "--mask-cut-off", "--policy.clip-high", 0.28)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        DAPO,
+        ("--baseline", "none", "--scale", "none", "--whiten", "--kl-in", "tokens", "--policy.kl-coef", 0.05),
+        ("--lora.rank", 2, "--lora.dropout", 0.2, "--policy.kl-coef", 0.05, "--policy.loss", "gspo"),
+    ],
+)
+def test_a_killed_run_on_prompts_equals_an_uninterrupted_one(
+    train, spell: list[object], killed_at, flags: tuple[object, ...]
+) -> None:
+    """With dynamic sampling too, where how many tasks have been drawn depends on what was sampled."""
+    flags = (*spell, *SMALL, "--steps", 6, "--save-every", 2, "--group-size", 3, "--policy.optim.lr", 1e-2, *flags)
+    whole = train("grpo", *flags, name="whole")
+    killed_at(5)
+    train("grpo", *flags, name="killed", status=130)
+    killed_at(-1)
+    resumed = train("grpo", *flags, "--resume", name="killed")
+    assert resumed.rows() == whole.rows()
+    assert resumed.rows("episodes") == whole.rows("episodes")
+    assert all(row["policy/first_mismatch"] < 1e-4 for row in whole.rows())
+    if "--replacements" in flags:
+        drawn = [2 + row["group/replaced"] for row in whole.rows()]
+        assert sum(drawn[:4]) != 2 * 4, "at the checkpoint the place in the tasks is not told by the step"
+        assert len(whole.rows("episodes")) == sum(min(8, 3 * count) for count in drawn)
+
+
+METHODS = sorted(file for file in (ROOT / "configs" / "grpo").glob("*.yaml") if file.stem != "twenty_questions")
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("method", METHODS, ids=[file.stem for file in METHODS])
+def test_every_method_learns_a_rule_from_prompts_and_a_python_function(
+    tmp_path: Path, spell: list[object], method: Path, seed: int
+) -> None:
+    """From every other letter right to four in five, in 40 steps, on each of two seeds; measured: 0.89 to 1.00."""
+    flags = ["--env=", "--seed", seed, "--steps", 40, "--tasks-per-step", 6, "--group-size", 8]
+    flags += ["--policy.optim.lr", 2e-3, "--policy.optim.schedule", "linear"]
+    flags += ["--overlong-cache", 1] if method.stem in ("dapo", "cispo") else []  # of three tokens
+    words = ["grpo", method, "--out", tmp_path / "run", "--threads", 1, *spell, *flags]
+    assert cli.main([str(word) for word in words]) == 0
+    right = [row["reward/same"] for row in Run(tmp_path / "run").rows()]
+    assert sum(right[:2]) / 2 < 0.6
+    assert sum(right[-3:]) / 3 > 0.8
 
 
 @pytest.mark.learning

@@ -220,7 +220,9 @@ def test_loss_and_gradient_are_those_of_the_paper(
 
 
 ROWS = dict(
-    re.findall(r"^\| \[[^\]]+\]\(\.\./\.\./configs/grpo/(\w+)\.yaml\) \|(.*)\|$", PAGE.read_text(encoding="utf-8"), re.M)
+    re.findall(
+        r"^\| \[[^\]]+\]\(\.\./\.\./configs/grpo/(\w+)\.yaml\) \|(.*)\|$", PAGE.read_text(encoding="utf-8"), re.M
+    )
 )
 """Method → the settings in its row of the table in docs/algorithms/grpo.md."""
 

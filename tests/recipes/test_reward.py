@@ -226,6 +226,12 @@ def test_a_run_starts_from_a_run_of_fine_tuning_and_another_from_its_result(
     assert second.rows()[0]["eval/loss"] == pytest.approx(first.rows()[-1]["eval/loss"], rel=1e-4)
 
 
+def test_a_run_without_a_best_model_is_continued_from_its_newest_checkpoint(train, told: list[str]) -> None:
+    first = train("reward", *told, *FEW, "--epochs", 3, name="first")
+    second = train("reward", "--model.path", first.out, *told[2:], "--max-steps", 1, name="second")
+    assert second.rows()[0]["loss"] < first.rows()[0]["loss"] - 0.05
+
+
 def test_a_dry_run_prints_sizes_and_writes_nothing(train, told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     run = train("reward", *told, "--dry-run")
     assert "reward: LlamaForSequenceClassification" in capsys.readouterr().out

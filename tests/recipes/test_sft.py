@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from echelon import cli
 from echelon.config import OptimConfig
 from echelon.data.packing import group_rows, pack, pack_documents
 from echelon.envs import load_env
@@ -87,6 +88,13 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(train, told: list[
     assert len(whole.rows()) == 6
     assert resumed.rows() == whole.rows()
     assert_close(resumed.weights(), whole.weights(), 0)
+
+
+@pytest.mark.parametrize("file", ["twenty_questions", "lora"])
+def test_the_settings_files_run_on_a_tiny_model(file: str, told: list[str], tmp_path: Path) -> None:
+    settings = Path(__file__).parents[2] / "configs/sft" / f"{file}.yaml"
+    assert cli.main(["sft", str(settings), *told, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    assert find_checkpoint(tmp_path / "run").is_dir()
 
 
 def test_a_dry_run_prints_sizes_and_writes_nothing(train, told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,18 +299,19 @@ def test_an_adapter_learns_and_is_what_is_saved(train, told: list[str], held_out
 
 
 @pytest.mark.learning
-def test_held_out_perplexity_falls_to_a_hundredth(train, untrained: Path, tmp_path: Path) -> None:
-    """Seeds 0 to 2, from 300 (random weights): say the digit among letters, in words that were not seen."""
+def test_perplexity_on_words_never_seen_falls_to_almost_one(train, untrained: Path, tmp_path: Path) -> None:
+    """Say the digit among three letters: from 295 to below 1.3 with seeds 0 to 2; without looking it would be √10."""
     draw = random.Random(0)
     digits = [str(draw.randrange(10)) for _ in range(300)]
     words = ["".join(draw.sample([*draw.sample("abcdefgh", 3), digit], 4)) for digit in digits]
     rows = [conversation(word, digit) for word, digit in zip(words, digits, strict=True)]
     flags = ["--model.path", untrained, "--data.path", written(tmp_path / "words.jsonl", *rows)]
-    flags += ["--data.eval-fraction", 0.3, "--eval-first", "--epochs", 20, "--optim.lr", 1e-2]
+    flags += ["--data.eval-fraction", 0.3, "--eval-first", "--max-steps", 300, "--rows-per-step", 8, "--optim.lr", 3e-3]
     for seed in range(3):
-        run = train("sft", *flags, "--seed", seed, name=f"seed {seed}")
+        run = train("sft", *flags, "--eval-every", 100, "--seed", seed, name=f"seed {seed}")
         measured = [row["eval/perplexity"] for row in run.rows() if "eval/perplexity" in row]
-        assert min(measured) < 0.01 * measured[0]
+        assert measured[0] > 200
+        assert measured[-1] < 1.3
 
 
 def test_a_base_model_is_given_a_template_that_later_stages_find(

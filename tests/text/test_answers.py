@@ -55,6 +55,10 @@ def test_the_oldest_exchange_goes_first_and_no_more_than_must() -> None:
 def test_then_the_beginning_of_the_prompts_text_goes_and_the_template_stays(kind: str) -> None:
     renderer = Renderer(tokenizer(kind))
     text = "".join(f"{number} " for number in range(100))
+    budget = Renderer(tokenizer(kind), max_tokens=60)  # of prompts in play: it drops nothing here
+    assert prompt_for(renderer, asked(text), [ANSWER], max_tokens=60) == prompt_for(
+        budget, asked(text), [ANSWER], max_tokens=60
+    )
     ids, (answer,) = prompt_for(renderer, asked(text), [ANSWER], max_tokens=60)
     assert len(ids) + len(answer.ids) <= 60
     assert answer.ids == renderer.action_ids("the answer")

@@ -39,6 +39,7 @@ def test_the_answer_is_what_is_marked_or_the_last_number(text: str, answer: str 
         ("$5", Fraction(5)),
         (r"20\%", Fraction(20)),
         (".5", Fraction(1, 2)),
+        ("0.1", Fraction(1, 10)),
         ("72.", Fraction(72)),
         ("1,23", None),
         ("1/0", None),

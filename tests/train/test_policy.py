@@ -344,6 +344,7 @@ def test_with_dropout_the_policy_is_compared_with_the_sampler_without_it(policy:
     learner = Learner(adapted, OptimConfig(lr=1e-3))
     with torch.no_grad():
         sampled = token_logprobs(adapted.eval(), batch)
+    adapted.train()
     before = [parameter.clone() for parameter in adapted.parameters()]
     batch.logprobs = sampled + 0.02 * batch.mask
     with pytest.raises(SamplerMismatch, match=r"differ by up to 0\.02"):

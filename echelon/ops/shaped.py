@@ -46,7 +46,7 @@ def normalise(
     last_N: Bool[Tensor, "N"],
     moments: Moments,
     *,
-    how: Literal["none", "scale", "standard"],
+    how: Literal["off", "scale", "standard"],
 ) -> Float[Tensor, "N"]:
     """Rewards in units of the deviation of returns (`scale`), and moved so that the mean return is 0 (`standard`).
 
@@ -54,7 +54,7 @@ def normalise(
     taken off every turn it would reward short episodes. Returns that do not vary leave nothing to divide by, and are
     not divided.
     """
-    if how == "none":
+    if how == "off":
         return rewards_N
     unit = moments.std or 1.0
     moved = torch.where(last_N, moments.mean, 0.0) if how == "standard" else torch.zeros_like(rewards_N)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.ops.shaping import Moments, adaptive_kl, kl_rewards, normalise
+from echelon.ops.shaped import Moments, adaptive_kl, kl_rewards, normalise
 
 
 def test_the_weight_of_kl_moves_by_at_most_a_fifth_per_horizon() -> None:
@@ -48,7 +48,7 @@ def test_moments_do_not_depend_on_how_the_numbers_came(parts: list[list[float]])
 def test_returns_are_normalised_and_the_mean_is_taken_off_once_per_episode() -> None:
     rewards, last = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([False, True, True])  # returns 3 and 6
     moments = Moments().having_seen([3.0, 6.0, 9.0])  # mean 6, deviation 3
-    assert normalise(rewards, last, moments, how="none").tolist() == [1.0, 2.0, 6.0]
+    assert normalise(rewards, last, moments, how="off").tolist() == [1.0, 2.0, 6.0]
     assert normalise(rewards, last, moments, how="scale").tolist() == pytest.approx([1 / 3, 2 / 3, 2.0])
     standard = normalise(rewards, last, moments, how="standard")
     assert standard.tolist() == pytest.approx([1 / 3, -4 / 3, 0.0])

@@ -1,0 +1,107 @@
+"""The page for those who come from other tools: every flag on it parses, and no flag of theirs is left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from echelon import cli
+from echelon.config import load
+from echelon.errors import ConfigError
+from tests.test_docs import CODE, FENCE, columns, config_of, prose
+
+PAGE = Path(__file__).parents[1] / "docs" / "coming-from.md"
+ROWS = "--out r --model.path m --data.path d"
+NEEDED = {
+    "sft": ROWS,
+    "reward": ROWS,
+    "dpo": ROWS,
+    "ppo": f"{ROWS} --reward r.py:f",
+    "grpo": f"{ROWS} --reward r.py:f",
+    "merge": "--out r --adapter a",
+}
+"""Flags without which a recipe does not start."""
+
+SCRIPTS = {
+    "training_sft.py": """model_path dataset_name subset data_dir split size_valid_set streaming shuffle_buffer
+        max_train_samples seq_length max_steps batch_size gradient_accumulation_steps eos_token_id learning_rate
+        lr_scheduler_type num_warmup_steps weight_decay fp16 bf16 no_gradient_checkpointing seed num_workers output_dir
+        log_freq eval_freq save_freq deepspeed num_train_epochs use_lora""",
+    "training_reward_model.py": """train_split eval_split train_subset eval_subset per_device_train_batch_size
+        learning_rate weight_decay num_train_epochs max_steps max_length lr_scheduler_type eval_steps save_steps
+        logging_steps eval_first_step use_lora bf16 gradient_checkpointing""",
+    "training_rl.py": """model_path tokenizer_name reward_model_path value_model_path dataset_name subset split
+        max_train_samples max_prompt_length output_dir per_device_train_batch_size gradient_accumulation_steps
+        learning_rate total_episodes num_ppo_epochs num_mini_batches response_length temperature stop_token bf16 fp16
+        gradient_checkpointing seed use_lora num_proc logging_steps save_steps eval_steps num_sample_generations""",
+    "merge_with_lora.py": "lora_model_name base_model_name output_name",
+}
+"""Every flag of the scripts."""
+
+DEFECTS = 12
+"""What was wrong with them."""
+
+
+def sections() -> dict[str, str]:
+    """Heading → what stands under it."""
+    parts = re.split(r"^#+ (.+)$", prose(PAGE), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def mappings() -> Iterator[tuple[str, str]]:
+    """(recipe, flags) for every mapping in the tables; a table is for the recipes that its section is headed by."""
+    for heading, text in sections().items():
+        recipes = re.findall(r"`echelon (\w+)`", heading)
+        for row, _ in columns(text, "here") if recipes else ():
+            yield from ((recipe, code) for recipe in recipes for code in CODE.findall(row["here"]) if code[:2] == "--")
+
+
+MAPPINGS = sorted(set(mappings()))
+
+
+@pytest.fixture(autouse=True)
+def _trackers_are_as_good_as_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("echelon.config.need", lambda module, extra: None)
+
+
+@pytest.mark.parametrize(("recipe", "flags"), MAPPINGS, ids=[" ".join(mapping) for mapping in MAPPINGS])
+def test_every_mapping_parses(recipe: str, flags: str) -> None:
+    needed = "--out r --model.path m" if "--env" in flags else NEEDED[recipe]
+    load(config_of(recipe), [], [*needed.split(), *flags.split()])
+
+
+def test_the_commands_of_the_pipeline_parse() -> None:
+    blocks = FENCE.findall(PAGE.read_text(encoding="utf-8").replace("\\\n", " "))
+    lines = [line.split() for block in blocks for line in block.splitlines() if line.startswith("echelon")]
+    assert [line[1] for line in lines] == ["sft", "reward", "ppo", "merge"]
+    for _, recipe, *flags in lines:
+        load(config_of(recipe), [], flags)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_of_a_script_has_a_row(script: str) -> None:
+    (text,) = (text for heading, text in sections().items() if heading.startswith(script))
+    listed = {code for row, _ in columns(text, "flag") for code in CODE.findall(row["flag"])}
+    assert set(SCRIPTS[script].split()) - listed == set()
+
+
+def test_every_row_has_an_answer() -> None:
+    rows = list(columns(prose(PAGE), "here"))
+    assert len(rows) > 150
+    for row, line in rows:
+        says = row["here"].startswith(("gone", "always", "not here", "as there", "rewards", "value model", "`", "["))
+        assert says or "there" in row, line
+
+
+def test_every_recipe_that_a_heading_names_exists_and_so_does_every_defect() -> None:
+    assert {recipe for recipe, _ in MAPPINGS} == NEEDED.keys()
+    assert NEEDED.keys() <= cli.recipes().keys()
+    assert len(list(columns(sections()["Defects that are fixed"], "here"))) == DEFECTS
+
+
+def test_a_mapping_to_what_does_not_exist_would_be_found() -> None:
+    with pytest.raises(ConfigError, match="unknown flag '--seq-length'"):
+        test_every_mapping_parses("sft", "--seq-length 1024")
