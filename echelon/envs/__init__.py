@@ -4,8 +4,8 @@ Built in are `twenty_questions`, `guess_number` and `text_lock`; `load_env` find
 `check_env` tells what is wrong with one, and `echelon.envs.players` plays them without a model.
 """
 
-from echelon.envs.check import check_env
 from echelon.envs._shared import EnvSpec
+from echelon.envs.check import check_env
 from echelon.envs.registry import load_env
 
 __all__ = ["EnvSpec", "check_env", "load_env"]

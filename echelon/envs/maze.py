@@ -137,9 +137,9 @@ def moved(cell: Cell, direction: str) -> Cell:
     return cell[0] + down, cell[1] + right
 
 
-def walls(free: frozenset[Cell], cell: Cell) -> list[str]:
+def walls(free: frozenset[Cell], cell: Cell) -> tuple[str, ...]:
     """The directions in which there is no way."""
-    return [direction for direction in MOVES if moved(cell, direction) not in free]
+    return tuple(direction for direction in MOVES if moved(cell, direction) not in free)
 
 
 @cache
@@ -189,23 +189,30 @@ def _reached(free: frozenset[Cell], near: Cell, found: dict[Cell, int]) -> Itera
 
 def possible(size: int, layout: int, messages: Sequence[Message]) -> frozenset[Cell]:
     """The cells one may be in after a dialogue: those that fit every wall seen, and every move made."""
-    free, goal = grid(size, layout)
-    opening = next(message["content"] for message in messages if message["role"] == "user")
-    cells = frozenset(cell for cell in free - {goal} if _fits(free, cell, opening))
-    for said, seen in exchanges(messages):
-        direction = direction_in(said)
-        there = {moved(cell, direction) if direction else cell for cell in cells}
-        now = frozenset(cell for cell in there & free if cell != goal and _fits(free, cell, seen))
-        cells = now or frozenset(cell for cell in cells if _fits(free, cell, seen))  # it ran into a wall
-    return cells
+    told = re.search(r"at row (\d+), column (\d+)", messages[-1]["content"])
+    if told:
+        return frozenset([(int(told[1]), int(told[2]))])
+    sights, goal = _sights(size, layout), grid(size, layout)[1]
+    opening = _seen(next(message["content"] for message in messages if message["role"] == "user"))
+    cells = {cell for cell, sight in sights.items() if sight == opening and cell != goal}
+    for said, answered in exchanges(messages):
+        direction, seen = direction_in(said), _seen(answered)
+        there = {moved(cell, direction) for cell in cells} if direction else set()
+        now = {cell for cell in there if sights.get(cell) == seen and cell != goal}
+        cells = now or cells  # it stayed where it was: all these cells look alike, so there was a wall in each of them
+    return frozenset(cells)
 
 
-def _fits(free: frozenset[Cell], cell: Cell, seen: str) -> bool:
-    told = re.search(r"at row (\d+), column (\d+)", seen)
-    if told and cell != (int(told[1]), int(told[2])):
-        return False
-    around = seen.partition("Walls: ")[2]
-    return walls(free, cell) == (re.findall(r"[a-z]+", around) if around else [])
+def _seen(text: str) -> tuple[str, ...]:
+    """The walls an answer tells of."""
+    return tuple(re.findall(r"[a-z]+", text.partition("Walls: ")[2]))
+
+
+@cache
+def _sights(size: int, layout: int) -> dict[Cell, tuple[str, ...]]:
+    """What one sees in each free cell."""
+    free, _ = grid(size, layout)
+    return {cell: walls(free, cell) for cell in free}
 
 
 def bound(size: int = 0, layout: int = 0, *, observed: bool = False) -> float:
@@ -265,7 +272,7 @@ def _told_apart(free: frozenset[Cell], cells: Iterable[Cell]) -> list[frozenset[
     """These cells by the walls one sees in them: each part is a set of cells that look alike."""
     alike: dict[tuple[str, ...], set[Cell]] = {}
     for cell in cells:
-        alike.setdefault(tuple(walls(free, cell)), set()).add(cell)
+        alike.setdefault(walls(free, cell), set()).add(cell)
     return [frozenset(part) for part in alike.values()]
 
 

@@ -20,14 +20,15 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from echelon.config import ModelConfig, RunConfig, SamplingConfig, Settings, demand, require
+from echelon.config import ModelConfig, SamplingConfig, TaskConfig, demand, require
 from echelon.envs.players import make_player
 from echelon.errors import CheckpointError
 from echelon.models.heads import UtteranceCritic
 from echelon.rollout.evaluate import Estimate, bootstrap, scripted_loop, summarise
 from echelon.rollout.plays import env_loop
+from echelon.rollout.rewards import open_rewards, open_tasks
 from echelon.rollout.roles import collect
-from echelon.rollout.setup import Actor, describe, model_path, open_actor, open_env, set_threads
+from echelon.rollout.setup import Actor, describe, model_path, open_actor, set_threads
 from echelon.sampling.best_of import BestOf, critic_score
 from echelon.train.learner import load_module
 from echelon.train.log import episode_rows
@@ -35,19 +36,13 @@ from echelon.types import Episode, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(TaskConfig):
     """Settings of an evaluation."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Who plays: a model folder, a run directory, a checkpoint or a hub id."""
     player: Literal["model", "random", "optimal"] = "model"
     """The model, or a scripted player of the environment instead."""
-    env: str
-    """The environment: a built-in name, path.py:Class or module:Class."""
-    env_settings: Settings = field(default_factory=dict)
-    """Settings of the environment."""
-    trust_task_code: bool = False
-    """Run Python that stands in a file of tasks (`--env tasks.yaml`), in the sandbox. Read it first."""
     split: Literal["train", "test"] = "test"
     """Whose tasks are played."""
     episodes: int = 200
@@ -77,7 +72,9 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "env", *(["model.path"] if self.player == "model" else []))
+        require(self, *(["model.path"] if self.player == "model" else []))
+        because = "prompts have no scripted players. Leave player at model."
+        demand(self, "player", self.player == "model" or bool(self.env), because)
         for name in ("episodes", "max_turns", "max_tokens", "max_prompt_tokens", "candidates"):
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
@@ -92,7 +89,7 @@ def main(cfg: Config) -> None:
     """Play, print a table, write the files."""
     out = Path(cfg.out)
     check_out(out, overwrite=cfg.overwrite)
-    env = open_env(cfg.env, cfg.env_settings, trust_code=cfg.trust_task_code)
+    env, rewards = open_tasks(cfg), open_rewards(cfg)
     actor = open_player(cfg) if cfg.player == "model" else None
     set_threads(cfg.threads, actor.module if actor else None)
     if cfg.dry_run:
@@ -106,6 +103,7 @@ def main(cfg: Config) -> None:
     tasks = env.tasks(cfg.split)
     chosen = [tasks[place % len(tasks)] for place in range(cfg.episodes)]
     episodes = asyncio.run(collect(chosen, play, seed=cfg.seed, error_budget=cfg.error_budget))
+    rewards.add(episodes)
 
     found = estimates(episodes, tokens=actor is not None)
     Console().print(table(cfg, found))
@@ -156,7 +154,7 @@ def estimates(episodes: Sequence[Episode], *, tokens: bool) -> dict[str, Estimat
 def table(cfg: Config, found: Mapping[str, Estimate]) -> Table:
     """Means and intervals, for a person."""
     who = cfg.model.path if cfg.player == "model" else f"{cfg.player} player"
-    lines = Table("", "mean", "95 % interval", "episodes", title=f"{who} in {cfg.env}, {cfg.split} split")
+    lines = Table("", "mean", "95 % interval", "episodes", title=f"{who} in {cfg.env or ', '.join(cfg.data.path)}, {cfg.split} split")
     for name, estimate in found.items():
         interval = f"{estimate.low:.3f} to {estimate.high:.3f}"
         lines.add_row(name, f"{estimate.mean:.3f}", interval, str(estimate.n))

@@ -31,7 +31,7 @@ from echelon.errors import CheckpointError, ConfigError
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 MAY_CHANGE = frozenset(
-    {"steps", "resume", "save_every", "keep_last", "threads", "dry_run", "traceback", "out"}
+    {"steps", "epochs", "max_steps", "resume", "save_every", "keep_last", "threads", "dry_run", "traceback", "out"}
     | {"log.to", "log.project", "log.name"}
 )
 """Settings that may differ when a run is resumed."""

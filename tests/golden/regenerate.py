@@ -23,22 +23,7 @@ from echelon import cli
 from echelon.models.lm import tiny
 
 HERE = Path(__file__).parent
-WORDS = [
-    "the",
-    "red",
-    "old",
-    "small",
-    "cat",
-    "dog",
-    "bird",
-    "child",
-    "runs",
-    "sees",
-    "finds",
-    "sleeps",
-    "today",
-    "again",
-]
+WORDS = ["the", "red", "old", "small", "cat", "dog", "bird", "child", "runs", "sees", "finds", "sleeps", "today"]
 
 Curves = dict[str, list[float]]
 

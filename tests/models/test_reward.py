@@ -253,6 +253,34 @@ def test_an_adapter_on_an_adapter_of_a_language_model_loads_again(tmp_path: Path
     torch.testing.assert_close(load_reward_model(str(folder), device="cpu").score(CONVERSATIONS), ours)
 
 
+def test_the_adapter_of_a_reward_model_goes_on_learning_or_is_folded_under_a_new_one(tmp_path: Path) -> None:
+    first, tokenizer, _ = open_reward_module(language_model("tiny", tmp_path / "lm"), LoraConfig(rank=4))
+    draw_head(first)
+    for name, parameter in first.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    start = ModelConfig(path=str(saved(first, tokenizer, tmp_path / "first")), device="cpu")
+    ours = RewardModel(first, tokenizer).score(CONVERSATIONS)
+    for settings in (LoraConfig(), LoraConfig(rank=2)):
+        module, _, fresh = open_reward_module(start, settings)
+        assert not fresh
+        learning = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        assert any("lora_A" in name for name in learning)
+        assert any("score" in name for name in learning)
+        torch.testing.assert_close(RewardModel(module, tokenizer).score(CONVERSATIONS), ours, atol=1e-5, rtol=0)
+
+
+def test_scores_of_a_model_in_half_precision_are_float32(tmp_path: Path) -> None:
+    module, tokenizer, _ = open_reward_module(language_model("tiny", tmp_path / "lm"))
+    draw_head(module)
+    folder = saved(module, tokenizer, tmp_path / "reward")
+    half = load_reward_model(str(folder), device="cpu", dtype="bfloat16")
+    assert next(half.module.parameters()).dtype == torch.bfloat16
+    found = half.score(CONVERSATIONS)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, RewardModel(module, tokenizer).score(CONVERSATIONS), atol=0.3, rtol=0.1)
+
+
 def test_a_long_conversation_loses_its_beginning_and_no_word_of_the_answer(tmp_path: Path) -> None:
     module, tokenizer, _ = open_reward_module(language_model("tiny", tmp_path))
     draw_head(module)

@@ -23,13 +23,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from echelon import cli
-from echelon.models.lm import TINY_CHAT_TEMPLATE, tiny
+from echelon.models.lm import TINY_CHAT_TEMPLATE, load_lm, tiny
 from echelon.recipes import grpo
 from echelon.train.checkpoint import find_checkpoint
 from echelon.train.fit import step_rows
@@ -47,22 +49,7 @@ APART, MOVED = 1e-4, 1e-3
 """How far losses and gradient norms may be apart at any step, relative; and final weights, relative to how far they
 have come. Rounding alone is 1e-7, and what an optimizer makes of it in 20 steps 1e-5."""
 
-WORDS = [
-    "the",
-    "red",
-    "old",
-    "small",
-    "cat",
-    "dog",
-    "bird",
-    "child",
-    "runs",
-    "sees",
-    "finds",
-    "sleeps",
-    "today",
-    "again",
-]
+WORDS = ["the", "red", "old", "small", "cat", "dog", "bird", "child", "runs", "sees", "finds", "sleeps", "today"]
 
 WORTH = """
 def letters(prompts, completions, letter):
@@ -187,6 +174,14 @@ def test_sft_learns_every_answer_of_a_conversation_as_trl_does(start: Path, tmp_
     follow_trl("sft", trl_side.sft, case, start, tmp_path, rows)
 
 
+def test_an_adapter_goes_on_learning_as_in_trl(start: Path, tmp_path: Path) -> None:
+    draw, tokenizer = random.Random(8), AutoTokenizer.from_pretrained(start)
+    shape = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapter = saved((peft.get_peft_model(load_lm(str(start)), shape), tokenizer), tmp_path / "adapter")
+    rows = [{"prompt": sentence(draw, 2, 9), "response": sentence(draw, 1, 14)} for _ in range(STEPS * ROWS_PER_STEP)]
+    follow_trl("sft", trl_side.sft, Case(), adapter, tmp_path, rows)
+
+
 def test_warming_up_begins_one_step_further_along_than_in_trl(start: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "a cat", "response": "runs"}] * 8
     flags = ["--model.path", start, "--rows-per-step", 1, "--optim.lr", RATE, "--optim.warmup-steps", 4]
@@ -269,30 +264,16 @@ def follow_trl_with_its_answers(
     case: Case, start: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *, same_loss: bool = True
 ) -> None:
     """Run ours, then TRL's with the prompts ours has drawn and the tokens it has sampled; and compare."""
-    settings = {
-        "learning_rate": POLICY_RATE,
-        "lr_scheduler_type": "constant",
-        "iterations": 1,
-        "passes": 4,
-        **case.theirs,
-    }
-    settings |= {"max_completion_length": LONGEST, "reward_weights": [case.weight]}
+    common = {"learning_rate": POLICY_RATE, "lr_scheduler_type": "constant", "max_completion_length": LONGEST}
+    settings = {**common, "iterations": 1, "passes": 4, "reward_weights": [case.weight], **case.theirs}
     tasks, siblings, iterations = 4, 4, settings["iterations"]
     draw, played = random.Random(6), recorded(monkeypatch)
     rows = [{"prompt": sentence(draw, 2, 9), "letter": draw.choice("aeiou")} for _ in range(16)]
     (out / "worth.py").write_text(WORTH)
     flags = f"--steps {STEPS // iterations} --tasks-per-step {tasks} --group-size {siblings} --tokens-per-pass 100"
     flags += f" --sampling.max-tokens {LONGEST} --policy.optim.lr {POLICY_RATE} {case.flags}"
-    words = [
-        "--model.path",
-        start,
-        "--reward",
-        f"{out}/worth.py:letters",
-        "--reward-weights",
-        case.weight,
-        *flags.split(),
-    ]
-    mine = ours("grpo", out / "ours", rows, *words, prefix="policy/")
+    words = ["--model.path", start, "--reward", f"{out}/worth.py:letters", "--reward-weights", case.weight]
+    mine = ours("grpo", out / "ours", rows, *words, *flags.split(), prefix="policy/")
 
     def answers(prompts: list[list[int]], taken: int) -> list[list[int]]:
         turns = [episode.turns[0] for episode in played[taken // iterations]]
@@ -312,7 +293,7 @@ def follow_trl_with_its_answers(
 def agree(mine: Trajectory, other: Trajectory, start: Path, *, same_loss: bool = True) -> None:
     """The same number of steps, and the same numbers at each; `pytest -rP` shows how far they are apart."""
     loss, norm = apart(mine.losses, other.losses), apart(mine.grad_norms, other.grad_norms)
-    before = load_file(start / "model.safetensors")
+    before = weights_of(start)
     assert mine.weights.keys() == other.weights.keys() == before.keys()
     distance = sum((mine.weights[name] - weight).double().square().sum() for name, weight in other.weights.items())
     way = sum((weight - before[name]).double().square().sum() for name, weight in other.weights.items())
@@ -339,7 +320,13 @@ def ours(recipe: str, out: Path, data: Sequence[Row], *flags: object, prefix: st
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses, norms, rates = ([row[prefix + name] for row in rows] for name in ("loss", "grad_norm", "lr"))
     trained = find_checkpoint(out, role="reward" if recipe == "reward" else "actor")
-    return Trajectory(losses, norms, rates, load_file(trained / "model.safetensors"))
+    return Trajectory(losses, norms, rates, weights_of(trained))
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """What learns: the model of a folder, or its adapter."""
+    adapter = folder / "adapter_model.safetensors"
+    return load_file(adapter if adapter.is_file() else folder / "model.safetensors")
 
 
 def theirs_of(rows: Sequence[Row]) -> list[Row]:
@@ -424,7 +411,7 @@ def saved(made: tuple[nn.Module, Any], folder: Path) -> Path:
 
 def with_a_head(start: Path, folder: Path) -> Path:
     """The model of a folder with a new, random head for scores."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     tokenizer = AutoTokenizer.from_pretrained(start)
     torch.manual_seed(0)

@@ -143,8 +143,13 @@ def _common(out: Path, rows_per_pass: int, passes: int) -> dict[str, Any]:
 
 
 def _causal(folder: Path) -> nn.Module:
+    """The model of a folder, or an adapter on its base, which then goes on learning."""
+    from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
+    if (folder / "adapter_config.json").is_file():
+        adapted: nn.Module = AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True)
+        return adapted
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model
 
@@ -172,7 +177,11 @@ def _trained(trainer: Any) -> Trajectory:
         losses=[row["loss"] for row in logged],
         grad_norms=[row["grad_norm"] for row in logged],
         rates=[row["learning_rate"] for row in logged],
-        weights={name: weight.detach().clone() for name, weight in trainer.model.named_parameters()},
+        weights={
+            name.replace(".default.", "."): weight.detach().clone()
+            for name, weight in trainer.model.named_parameters()
+            if weight.requires_grad
+        },
     )
 
 
