@@ -1,0 +1,54 @@
+"""Choosing among candidates: how often at random, which one, and what each is worth to whoever proposed it.
+
+Tensors and numbers only; who draws candidates and who values them is decided above.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def exploration_rate(step: int, steps: int, *, epsilon: float, floor: float) -> float:
+    """The probability of a random choice at this step of a run: ε·max(1 − step/steps, floor)."""
+    return epsilon * max(1 - step / steps, floor)
+
+
+def epsilon_greedy(values_K: Float[Tensor, "K"], *, epsilon: float, explore: float, pick: float) -> int:
+    """Which candidate is taken: any of them with probability ε, else the best one, the first where several are.
+
+    `explore` and `pick` are uniform draws from [0, 1): whether to take any, and which.
+    """
+    if explore < epsilon:
+        return min(int(pick * len(values_K)), len(values_K) - 1)
+    return int(values_K.argmax())
+
+
+def candidate_scores(
+    q_NK: Float[Tensor, "N K"],
+    chosen_N: Int[Tensor, "N"],
+    rewards_N: Float[Tensor, "N"],
+    terminated_N: Bool[Tensor, "N"],
+) -> Float[Tensor, "N K"]:
+    """What each candidate of N states is worth: Q, but what was really earned where the one taken ended the episode.
+
+    An episode that was cut off did not end: Q stays.
+    """
+    rows = torch.arange(len(q_NK), device=q_NK.device)
+    scores_NK = q_NK.clone()
+    scores_NK[rows, chosen_N] = torch.where(terminated_N, rewards_N, q_NK[rows, chosen_N])
+    return scores_NK
+
+
+def spread(scores_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N"]:
+    """The standard deviation over each state's candidates: 0 where it does not matter which is taken."""
+    return scores_NK.double().std(1, correction=0).to(scores_NK.dtype)
+
+
+def value_bias(value: float, *, bounded: bool) -> float:
+    """The bias of a last layer whose output shall start at `value`; with a sigmoid behind it, kept off its flat ends."""
+    if not bounded:
+        return value
+    inside = min(max(value, 0.05), 0.95)
+    return math.log(inside / (1 - inside))
