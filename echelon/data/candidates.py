@@ -9,6 +9,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ class CandidateReplay:
                     f"an episode has {len(found)} decisions and the replay holds {self.capacity}: it can never be "
                     "stored whole. Raise replay_capacity."
                 )
-            assert all(one.after == two.options for one, two in zip(found, found[1:], strict=False)), "one chain"
+            assert all(one.after == two.options for one, two in pairwise(found)), "a chain of decisions"
             if found:
                 self._append(_store(found))
 

@@ -281,9 +281,18 @@ class Replay:
             for pick, owner in zip(picks.tolist(), owners, strict=True)
         ]
 
-    def sample_episodes(self, n: int, *, seed: int) -> list[list[Transition]]:
-        """`n` whole episodes, uniformly over those present and with replacement."""
-        picks = self._generator(seed).integers(len(self._stored), size=n)
+    def sample_episodes(self, n: int, *, seed: int, top: float = 1.0) -> list[list[Transition]]:
+        """`n` whole episodes, uniformly over those present and with replacement.
+
+        With `top` below 1 only over that fraction of them, one at least, whose return from their first state on is
+        highest; of equal ones, over the newer.
+        """
+        generator = self._generator(seed)
+        if top < 1:
+            returns = np.array([stored.records["mc_return"][0] for stored in self._stored])
+            best = np.argsort(returns, kind="stable")[-max(1, int(top * len(returns))) :]
+            return [_all(self._stored[best[pick]]) for pick in generator.integers(len(best), size=n).tolist()]
+        picks = generator.integers(len(self._stored), size=n)
         return [_all(self._stored[pick]) for pick in picks.tolist()]
 
     def episodes(self) -> Iterator[list[Transition]]:

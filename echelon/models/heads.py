@@ -6,14 +6,19 @@ A head is a module with a body of its own or somebody else's; who trains it, and
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from echelon.models.lm import backbone, check_masks, hidden_states
+from echelon.models.encoder import TextEncoder
+from echelon.models.lm import attention_inputs, backbone, check_masks, hidden_states
+from echelon.ops.scales import Scale
 
 if TYPE_CHECKING:
     from echelon.data.packing import Batch
@@ -59,9 +64,11 @@ class TokenValue(nn.Module):
         """Shift all values so that learning starts around this one, not around zero."""
         self.head.bias.fill_(value)
 
-    def forward(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"] | None = None) -> Float[Tensor, "B T"]:
-        """Float32 values; the one at t has seen token t and all before it."""
-        hidden = hidden_states(self.body, tokens, lengths)
+    def forward(
+        self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"] | None = None, **attention: Any
+    ) -> Float[Tensor, "B T"]:
+        """Float32 values; the one at t has seen token t and all before it. `attention`: `attention_inputs`."""
+        hidden = hidden_states(self.body, tokens, lengths, **attention)
         values: Tensor = self.head(hidden.float())[..., 0]
         return values
 
@@ -75,6 +82,12 @@ def token_values(module: nn.Module, batch: Batch) -> tuple[Float[Tensor, "B T"],
     after_BT = module(batch.tokens, batch.lengths)
     before_BT = torch.cat([torch.zeros_like(after_BT[:, :1]), after_BT[:, :-1]], dim=1)
     return before_BT, after_BT.gather(1, batch.lengths[:, None] - 1)[:, 0]
+
+
+def values_before(module: nn.Module, batch: Batch) -> Float[Tensor, "B T"]:
+    """V of the state each sampled token was drawn in, in rows with branches too; zero elsewhere."""
+    after_BT = module(batch.tokens, batch.lengths, **attention_inputs(module.body, batch))  # type: ignore[arg-type]
+    return torch.where(batch.mask, after_BT.gather(1, batch.before), 0.0)
 
 
 @dataclass(slots=True)
@@ -97,47 +110,53 @@ class Spans(Places):
 
 
 class UtteranceCritic(nn.Module):
-    """Twin Q(s, a) and twin V(s) over whole utterances (ArCHer, arXiv 2402.19446), read from one causal pass.
+    """Twin Q(s, a) and twin V(s) over whole utterances (ArCHer, arXiv 2402.19446).
 
-    V(s) reads the hidden state of the state's last token; Q(s, a) reads that and the mean of the hidden states of the
-    action's tokens. So a whole episode laid out in one row yields the values of all its turns. With `shared_body` the
-    body belongs to somebody else (the actor): it is read without gradient, and neither trained, copied nor saved here.
+    With a decoder as body one causal pass yields the values of all turns of an episode laid out in one row: V(s) reads
+    the hidden state of the state's last token, Q(s, a) that and the mean of the hidden states of the action's tokens.
+    With `shared_body` the decoder belongs to somebody else (the actor): it is read without gradient, and neither
+    trained, copied nor saved here. With a `TextEncoder` as body states and actions are read apart, each from its
+    beginning: V(s) reads the state's vector, Q(s, a) both. `scale` says how outputs of the heads mean values.
     """
 
-    def __init__(self, body: nn.Module, width: int, *, shared_body: bool = False) -> None:
+    def __init__(
+        self, body: nn.Module, width: int, *, shared_body: bool = False, scale: Scale = Scale()
+    ) -> None:
         super().__init__()
         self.shared_body = shared_body
-        if shared_body:
-            self._borrowed = (body,)  # in a tuple, so that it is not registered as a submodule
-        else:
+        self._borrowed = (body,) if shared_body else ()  # in a tuple, so that it is not registered as a submodule
+        if not shared_body:
             self.body = body
         self.config = body.config
+        self.scale = scale
         self.q = nn.ModuleList([_mlp(2 * width, width) for _ in range(2)])
         self.v = nn.ModuleList([_mlp(width, width) for _ in range(2)])
 
     @classmethod
-    def from_lm(cls, lm: nn.Module, *, shared_body: bool = False) -> UtteranceCritic:
+    def from_lm(cls, lm: nn.Module, *, shared_body: bool = False, scale: Scale = Scale()) -> UtteranceCritic:
         """A critic whose body starts as a copy of the language model's, or is the language model's.
 
         Raises DataError for a model that cannot judge several actions that branch off one row.
         """
         check_masks(lm)
         body = backbone(lm) if shared_body else copy_of_body(lm)
-        critic = cls(body, hidden_size(lm), shared_body=shared_body)
+        critic = cls(body, hidden_size(lm), shared_body=shared_body, scale=scale)
         return critic.to(next(body.parameters()).device)
+
+    @classmethod
+    def from_encoder(cls, encoder: TextEncoder, *, scale: Scale = Scale()) -> UtteranceCritic:
+        """A critic that reads texts with an encoder."""
+        return cls(encoder, encoder.width, scale=scale).to(next(encoder.parameters()).device)
 
     @torch.no_grad()
     def start_at(self, value: float) -> None:
         """Shift all outputs so that learning starts around this value, not around zero."""
         for head in (*self.q, *self.v):
-            head[-1].bias.fill_(value)
+            head[-1].bias.fill_(self.scale.start(value))
 
     def target(self) -> UtteranceCritic:
         """A frozen copy to bootstrap from; a borrowed body stays borrowed."""
-        twin = copy.deepcopy(self) if not self.shared_body else UtteranceCritic(self._borrowed[0], 1, shared_body=True)
-        if self.shared_body:
-            twin.q, twin.v = copy.deepcopy(self.q), copy.deepcopy(self.v)
-        return twin.requires_grad_(False)
+        return copy.deepcopy(self, {id(body): body for body in self._borrowed}).requires_grad_(False)
 
     def forward(
         self,
@@ -148,17 +167,49 @@ class UtteranceCritic(nn.Module):
         **attention: Any,
     ) -> tuple[Float[Tensor, "2 Q"], Float[Tensor, "2 V"]]:
         """Twin Q of the utterances `q_at` and twin V of the states `v_at`, float32. `attention`: `attention_inputs`."""
-        if self.shared_body:
-            with torch.no_grad():
-                hidden = hidden_states(self._borrowed[0], tokens, lengths, **attention)
-        else:
-            hidden = hidden_states(self.body, tokens, lengths, **attention)
-        hidden = hidden.float()  # the heads are float32 whatever the body is
-        said = torch.cat([hidden[q_at.row, q_at.state], _span_means(hidden, q_at)], dim=-1)
-        seen = hidden[v_at.row, v_at.state]
+        said, seen = self._read(tokens, q_at, v_at, lengths, attention)
         q = torch.stack([head(said)[..., 0] for head in self.q])
         v = torch.stack([head(seen)[..., 0] for head in self.v])
-        return q, v
+        return self.scale.values(q), self.scale.values(v)
+
+    def _read(
+        self, tokens: Tensor, q_at: Spans, v_at: Places, lengths: Tensor | None, attention: dict[str, Any]
+    ) -> tuple[Float[Tensor, "Q 2H"], Float[Tensor, "V H"]]:
+        """What Q and V are read from; the heads are float32 whatever the body is."""
+        if not self.shared_body and isinstance(self.body, TextEncoder):
+            return self.body.read(tokens, q_at, v_at)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.shared_body):
+            body = self._borrowed[0] if self.shared_body else self.body
+            hidden = hidden_states(body, tokens, lengths, **attention).float()
+        said = torch.cat([hidden[q_at.row, q_at.state], _span_means(hidden, q_at)], dim=-1)
+        return said, hidden[v_at.row, v_at.state]
+
+    def save_pretrained(self, folder: Path) -> None:
+        """The weights, and what `critic_like` needs to make a module that they fit. The folder exists."""
+        save_model(self, str(folder / "model.safetensors"))
+        kind = "actor" if self.shared_body else "encoder" if isinstance(self.body, TextEncoder) else "own"
+        adapted = any("lora_" in name for name, _ in self.named_parameters())
+        described = {"body": kind, "adapted": adapted, "scale": asdict(self.scale)}
+        (folder / "critic.json").write_text(json.dumps(described), encoding="utf-8")
+        if kind == "encoder":
+            self.body.describe(folder / "body")  # type: ignore[operator]
+        elif kind == "own":
+            self.config.save_pretrained(folder / "body")  # type: ignore[operator, union-attr]
+
+
+def critic_like(folder: Path, lm: nn.Module, tokenizer: Any) -> UtteranceCritic:
+    """A critic made as the one saved in `folder` was, with other weights; `lm` and its tokenizer are the actor's."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    described = json.loads((folder / "critic.json").read_bytes())
+    kind, scale = described["body"], Scale(**described["scale"])
+    device = next(lm.parameters()).device
+    if kind == "encoder":
+        return UtteranceCritic.from_encoder(TextEncoder.like(folder / "body", tokenizer).to(device), scale=scale)
+    if kind == "own" and not described["adapted"]:
+        config = AutoConfig.from_pretrained(folder / "body")
+        lm = AutoModelForCausalLM.from_config(config, dtype=next(lm.parameters()).dtype).to(device)
+    return UtteranceCritic.from_lm(lm, shared_body=kind == "actor", scale=scale)
 
 
 def _span_means(hidden: Float[Tensor, "B T H"], at: Spans) -> Float[Tensor, "N H"]:

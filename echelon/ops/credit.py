@@ -1,7 +1,8 @@
 """Who deserves what: rewards in, advantages out. Tensors only; no models, no episodes.
 
 Two ways to get a baseline: a critic's values (the functions with `gae` in their name) or comparison with siblings
-(`group_baseline`). Nothing here decides what a reward is, or which tokens a turn's advantage is spread over.
+(`group_baseline`, and over it `same_turn_baseline` and `same_state_baseline`). Nothing here decides what a reward is, or
+which tokens a turn's advantage is spread over. docs/credit.md compares them.
 """
 
 from collections.abc import Hashable, Sequence
@@ -134,6 +135,66 @@ def group_baseline(
     return advantages.to(rewards_N.dtype)
 
 
+def same_turn_baseline(
+    returns_N: Float[Tensor, "N"],
+    episode_N: Int[Tensor, "N"],
+    keys_E: Sequence[Hashable],
+    *,
+    ended: bool = True,
+    scale: Literal["none", "std", "batch_std"] = "none",
+    leave_one_out: bool = False,
+    eps: float = 1e-6,
+) -> Float[Tensor, "N"]:
+    """Return-to-go of every turn minus the mean of that of its siblings' turns with the same index.
+
+    Turns are laid out as in `turn_gae`; `episode_N` counts the episodes from 0, and those with equal `keys_E` are
+    siblings. With `ended` a sibling whose episode is over by then counts too: it has 0 to go. What is subtracted then
+    depends on nothing the turn does, nor on how long its episode goes on, so with `leave_one_out` and no scale the
+    expected gradient is the true one. Without `ended` only siblings that got that far count, which is less noisy while
+    there are some; a turn alone gets 0, so late turns are weighted by their chance of company (`group_baseline`).
+
+    The deviation of `scale="std"` is over what the mean is over, that of "batch_std" over the turns that were played.
+    """
+    _, index_N = _layout(episode_N)
+    keys = [(keys_E[e], t) for e, t in zip(episode_N.tolist(), index_N.tolist(), strict=True)]
+    over = _ended(episode_N, keys_E) if ended else []
+    compared = torch.cat([returns_N, returns_N.new_zeros(len(over))])
+    own = "none" if scale == "batch_std" else scale
+    advantages_N = group_baseline(compared, keys + over, scale=own, leave_one_out=leave_one_out, eps=eps)[: len(keys)]
+    if scale == "batch_std" and len(returns_N) > 1:
+        advantages_N = (advantages_N.double() / (returns_N.double().std() + eps)).to(returns_N.dtype)
+    return advantages_N
+
+
+def same_state_baseline(
+    returns_N: Float[Tensor, "N"],
+    episode_N: Int[Tensor, "N"],
+    keys_E: Sequence[Hashable],
+    states: Sequence[Hashable],
+    *,
+    scale: Literal["none", "std", "batch_std"] = "none",
+    leave_one_out: bool = False,
+) -> Float[Tensor, "N"]:
+    """Return-to-go of every turn minus the mean of that of all turns siblings took in the same state.
+
+    The step-level advantage of GiGPO, which adds it to that of the episode. A state nobody else was in gives 0, so a
+    state counts by its chance of company; comparisons are fair, since equal states have equal prospects.
+    https://arxiv.org/abs/2505.10978
+    """
+    keys = [(keys_E[e], state) for e, state in zip(episode_N.tolist(), states, strict=True)]
+    return group_baseline(returns_N, keys, scale=scale, leave_one_out=leave_one_out)
+
+
+def share_within(advantages_N: Float[Tensor, "N"], episode_N: Int[Tensor, "N"]) -> float:
+    """How much of the variation of advantages is among the turns of an episode: 0 if each episode has one number."""
+    advantages = advantages_N.double()
+    count_E = torch.bincount(episode_N).clamp(min=1)
+    mean_E = _group_sums(advantages, episode_N, len(count_E)) / count_E
+    total = (advantages - advantages.mean()).square().sum() if len(advantages) else advantages.sum()
+    within = (advantages - mean_E[episode_N]).square().sum()
+    return float(within / total) if total > 1e-12 * advantages.square().sum() else 0.0
+
+
 def zero_variance_groups(rewards_N: Float[Tensor, "N"], keys: Sequence[Hashable]) -> int:
     """How many comparison groups teach nothing because all their rewards are equal (a group of one included).
 
@@ -182,6 +243,15 @@ def _layout(episode_N: Int[Tensor, "N"]) -> tuple[Int[Tensor, "N"], Int[Tensor, 
     starts = first_N.nonzero()[:, 0]
     assert len(starts) == len(set(episode_N.tolist())), "the turns of one episode must stand next to each other"
     return row_N, torch.arange(len(episode_N), device=episode_N.device) - starts[row_N]
+
+
+def _ended(episode_N: Int[Tensor, "N"], keys_E: Sequence[Hashable]) -> list[tuple[Hashable, int]]:
+    """(key, index) of every turn that an episode did not take but its longest sibling did."""
+    lengths = torch.bincount(episode_N, minlength=len(keys_E)).tolist()
+    longest: dict[Hashable, int] = {}
+    for key, length in zip(keys_E, lengths, strict=True):
+        longest[key] = max(length, longest.get(key, 0))
+    return [(key, t) for key, length in zip(keys_E, lengths, strict=True) for t in range(length, longest[key])]
 
 
 def _table(x_N: Float[Tensor, "N"], row_N: Int[Tensor, "N"], column_N: Int[Tensor, "N"]) -> Float[Tensor, "E L"]:

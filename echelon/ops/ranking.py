@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from echelon.ops.credit import token_gae
+
 
 def exploration_rate(step: int, steps: int, *, epsilon: float, floor: float) -> float:
     """The probability of a random choice at this step of a run: ε·max(1 − step/steps, floor)."""
@@ -47,8 +49,36 @@ def spread(scores_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N"]:
 
 
 def value_bias(value: float, *, bounded: bool) -> float:
-    """The bias of a last layer whose output shall start at `value`; with a sigmoid behind it, kept off its flat ends."""
+    """The bias of a last layer whose output shall start at `value`; behind a sigmoid, kept off its flat ends."""
     if not bounded:
         return value
     inside = min(max(value, 0.05), 0.95)
     return math.log(inside / (1 - inside))
+
+
+def utterance_gae(
+    scores_N: Float[Tensor, "N"],
+    values_BT: Float[Tensor, "B T"],
+    row_N: Int[Tensor, "N"],
+    first_N: Int[Tensor, "N"],
+    last_N: Int[Tensor, "N"],
+    *,
+    lam: float,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """GAE over the tokens of each utterance alone, which ends with its score: (advantages, returns), 0 elsewhere.
+
+    Utterances lie anywhere in the rows, in one piece each; nothing is discounted. `values_BT` says what was expected
+    before each token.
+    """
+    lengths_N = last_N - first_N + 1
+    place_NL = torch.arange(int(lengths_N.max()), device=row_N.device).expand(len(row_N), -1)
+    inside_NL = place_NL < lengths_N[:, None]
+    column_NL = torch.minimum(first_N[:, None] + place_NL, last_N[:, None])
+    rewards_NL = torch.where(place_NL == lengths_N[:, None] - 1, scores_N[:, None], 0.0)
+    nothing_N = torch.zeros_like(scores_N)
+    found = token_gae(
+        rewards_NL, values_BT[row_N[:, None], column_NL], inside_NL, gamma=1.0, lam=lam, bootstrap_B=nothing_N
+    )
+    where = row_N[:, None].expand_as(column_NL)[inside_NL], column_NL[inside_NL]
+    advantages_BT, returns_BT = (torch.zeros_like(values_BT).index_put(where, x_NL[inside_NL]) for x_NL in found)
+    return advantages_BT, returns_BT

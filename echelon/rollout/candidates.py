@@ -108,9 +108,7 @@ def evaluation_record(episodes: Sequence[Episode], offers: Mapping[int, Offer]) 
     }
 
 
-def new_ranker(
-    actor: Actor, *, path: str, model: ModelConfig, lora: LoraConfig, bounded: bool, seed: int
-) -> Ranker:
+def new_ranker(actor: Actor, *, path: str, model: ModelConfig, lora: LoraConfig, bounded: bool, seed: int) -> Ranker:
     """A ranker that starts as a copy of the actor's body, or of the model `path`, its head drawn from the seed.
 
     Raises DataError for a model that reads other tokens than the actor writes.
@@ -143,7 +141,7 @@ def run_settings(checkpoint: Path) -> Mapping[str, Any]:
         return dict(yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise CheckpointError(
-            f"{checkpoint}: its config.yaml cannot be read, so nobody knows what its ranker is. Name a whole checkpoint."
+            f"{checkpoint}: its config.yaml cannot be read, so its ranker cannot be built. Name a whole checkpoint."
         ) from error
 
 

@@ -60,13 +60,11 @@ class Chooser:
         seeds = [derive_seed(params.seed, "candidate", number) for number in range(self.candidates)]
         drawn = await asyncio.gather(*(self.sampler.sample(prompt, replace(params, seed=seed)) for seed in seeds))
         # Equal texts are valued once: rounding must not tell them apart.
-        distinct = {tuple(completion.tokens): Sampled(prompt, completion.tokens, []) for completion in drawn}
+        distinct = {tuple(said.tokens): Sampled(prompt, said.tokens, said.logprobs) for said in drawn}
         values = dict(zip(distinct, await self._together(list(distinct.values())), strict=True))
         q = [values[tuple(completion.tokens)] for completion in drawn]
         explore, pick = np.random.Generator(np.random.Philox(derive_seed(params.seed, "choice"))).random(2).tolist()
-        chosen = epsilon_greedy(
-            torch.tensor(q, dtype=torch.float64), epsilon=self.epsilon, explore=explore, pick=pick
-        )
+        chosen = epsilon_greedy(torch.tensor(q, dtype=torch.float64), epsilon=self.epsilon, explore=explore, pick=pick)
         self.offers[params.seed] = Offer(prompt, list(drawn), q, chosen, explore < self.epsilon)
         return drawn[chosen]
 
@@ -125,7 +123,7 @@ def ranker_score(ranker: Ranker, *, tokens_per_pass: int = 16384) -> Score:
 
 @torch.no_grad()
 def q_values(ranker: Ranker, said: Sequence[Said], tokens_per_pass: int) -> Float[Tensor, "N"]:
-    """Q of each utterance in the state it answers, on the CPU. Utterances of one state, next to each other, share it."""
+    """Q of each utterance in its state, on the CPU. Utterances of one state that are next to each other share it."""
     q_N = torch.zeros(len(said))
     if said:
         for batch in lay_candidates(said, branches=ranker.shares_prompts).split(tokens_per_pass):
@@ -140,7 +138,5 @@ def lay_candidates(said: Sequence[Said], *, branches: bool) -> Batch:
 
 def q_of(ranker: Ranker, batch: Batch) -> Float[Tensor, "N"]:
     """Q of every utterance of a micro-batch, in its order."""
-    q_N: Tensor = ranker(
-        batch.tokens, batch.row_N, batch.last_N, batch.lengths, **attention_inputs(ranker, batch)
-    )
+    q_N: Tensor = ranker(batch.tokens, batch.row_N, batch.last_N, batch.lengths, **attention_inputs(ranker, batch))
     return q_N

@@ -48,11 +48,11 @@ RUNS = {
     ),
     "reward": Golden(
         f"{STAGE} --data.path FOLDER/pairs.jsonl --optim.lr 1e-3 --center 0.01",
-        ("loss", "grad_norm", "accuracy", "reward/chosen", "reward/rejected", "eval/loss", "eval/accuracy"),
+        ("loss", "grad_norm", "accuracy", "reward/chosen", "reward/rejected", "eval/loss", "eval/margin"),
     ),
     "dpo": Golden(
         f"{STAGE} --data.path FOLDER/pairs.jsonl --optim.lr 1e-3 --label-smoothing 0.1",
-        ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "eval/loss", "eval/accuracy"),
+        ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "eval/loss", "eval/rewards/margin"),
     ),
     "ppo": Golden(
         f"{SAYS} --data.path FOLDER/prompts.jsonl --reward {HERE}/letters.py:use_of_letter --max-turns 1 --steps 8 "

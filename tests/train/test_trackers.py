@@ -97,8 +97,10 @@ def from_tensorboard(folder: Path, project: str) -> list[Kept]:
 
 
 def from_wandb(folder: Path, project: str) -> list[Kept]:
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # its own process writes, a moment after a run is finished
     runs: dict[str, Kept] = {}
     for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
         kept = runs.setdefault(path.stem, Kept([], {}))
@@ -197,7 +199,7 @@ def project_of(folder: Path) -> str:
 
 def log_steps(folder: Path, to: Sequence[str], start: int, stop: int, then: Callable[[Log], None] = Log.close) -> None:
     config = LogConfig(to=tuple(to), project=project_of(folder))  # type: ignore[arg-type]
-    log = Log(folder, total=6, start=start, quiet=False, config=config, settings=Settings())
+    log = Log(folder, total=6, start=start, quiet=True, config=config, settings=Settings())
     for step in range(start, stop):
         log.metrics(step, {"loss": 0.5 * step, "reward/mean": 1.0})
     then(log)
