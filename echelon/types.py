@@ -93,6 +93,8 @@ class Episode:
     """Only `terminated` stops bootstrapping; `failed` episodes are counted and never trained on."""
     final: list[int] | None = None
     """Tokens of the state after the last turn: what a truncated episode bootstraps from."""
+    unanswered: Sequence[Message] = ()
+    """What was said after the last turn of a truncated episode: the messages behind the new part of `final`."""
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     data: Mapping[str, Any] = field(default_factory=dict)

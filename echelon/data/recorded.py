@@ -68,32 +68,43 @@ def read_transitions(
 def transition_rows(episodes: Iterable[Episode]) -> Iterator[dict[str, Any]]:
     """The rows of such a file, of episodes in which one role spoke; failed ones are left out.
 
-    Raises DataError for an episode that cannot be told in them: one with branches, one that goes on within a message.
+    Raises DataError for what cannot be told in them: other roles or branches, and observations without words.
     """
     for number, episode in enumerate(episodes):
         if episode.ending == "failed":
             continue
         seen: list[Message] = []
         for turn in episode.turns:
-            if not turn.heard or len({turn.role, episode.turns[0].role}) > 1 or (turn.parent or 0) != max(0, turn.index - 1):
-                raise DataError(
-                    f"task '{episode.task}': one role and one environment that answers every utterance make "
-                    "transitions, and here one goes on within its message, or others speak. They cannot be recorded."
-                )
-            seen = [*seen, *turn.heard]
             last = turn is episode.turns[-1]
+            _check_tellable(episode, turn)
+            seen = [*seen, *turn.heard]
+            answer = Message(role="assistant", content=turn.text)
             after = episode.unanswered if last else episode.turns[turn.index + 1].heard
-            following = [*seen, Message(role="assistant", content=turn.text), *after]
+            ending = episode.ending if last else ""
+            if ending != "terminated" and not any(message["content"].strip() for message in after):
+                raise DataError(
+                    f"task '{episode.task}': nothing was said after turn {turn.index + 1}, so no row can tell what was "
+                    "seen next. Only environments that answer every utterance can be recorded."
+                )
             yield {
                 "episode": number,
                 "observation": seen,
                 "action": turn.text,
                 "reward": turn.reward,
-                "next_observation": None if last and episode.ending == "terminated" else following,
-                "terminated": last and episode.ending == "terminated",
-                "truncated": last and episode.ending == "truncated",
+                "next_observation": None if ending == "terminated" else [*seen, answer, *after],
+                "terminated": ending == "terminated",
+                "truncated": ending == "truncated",
             }
-            seen = following[: len(seen) + 1]
+            seen = [*seen, answer]
+
+
+def _check_tellable(episode: Episode, turn: Turn) -> None:
+    chain = turn.parent == (turn.index - 1 if turn.index else None)
+    if not chain or turn.role != episode.turns[0].role:
+        raise DataError(
+            f"task '{episode.task}': several roles or branches do not make a row of decisions. Record episodes in which "
+            "one role answers an environment."
+        )
 
 
 def _decision(cells: Mapping[str, Any], where: str) -> Decision:

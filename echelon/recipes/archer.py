@@ -6,16 +6,19 @@ replay, Q(s, a) regresses on r + γ·V̄(s') and V(s) on Q̄(s, a′) with a′ 
 are target networks. The low level writes tokens and is rewarded, once per utterance, with min Q − min V.
 
 Deviations from the paper, each a setting or told in docs/algorithms/archer.md: the critic is a causal model that reads
-a whole episode in one pass (not RoBERTa on state and action apart); episodes are replayed whole; the policy loss is a
-mean over tokens, and may be PPO's; V may be learned at some states of an episode only; KL to the start is possible.
+a whole episode in one pass (or an encoder, as in the paper); episodes are replayed whole; the policy loss is a mean over
+tokens, and may be PPO's; V may be learned at some states of an episode only; KL to the start is possible. Implicit
+Q-learning, learning from a file of transitions, filtered cloning and CHAI are settings: the loop is the same.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,23 +38,29 @@ from echelon.config import (
     to_yaml,
 )
 from echelon.data.packing import Batch, CriticBatch, Said, pack, pack_branches, pack_transitions
+from echelon.data.recorded import read_transitions
 from echelon.data.replay import Replay, Transition, transitions
+from echelon.envs import EnvSpec
 from echelon.errors import DataError
-from echelon.models.heads import Places, Spans, UtteranceCritic
-from echelon.models.lm import attention_inputs, check_masks, load_tokenizer
-from echelon.ops import bellman, losses
+from echelon.models.encoder import TextEncoder
+from echelon.models.heads import TokenValue, UtteranceCritic, values_before
+from echelon.models.lm import check_masks, load_tokenizer, token_logprobs
+from echelon.ops import bellman
 from echelon.ops.masked import explained_variance, masked_whiten
-from echelon.rollout.evaluate import rollout_metrics
+from echelon.ops.scales import Scale
+from echelon.rollout.evaluate import rollout_metrics, summarise
 from echelon.rollout.plays import env_loop
 from echelon.rollout.roles import Role, answer_all, collect
 from echelon.rollout.setup import Actor, describe, model_path, open_actor, open_env, set_threads, task_batch
 from echelon.sampling.best_of import BestOf, critic_score
 from echelon.seeds import derive_seed
+from echelon.text.chat import Example
 from echelon.train.checkpoint import Checkpoints, Saveable
+from echelon.train.critic import baseline_loss, bootstrap_, critic_loss, judge
 from echelon.train.learner import Learner, Weights, average
 from echelon.train.log import Log, episode_rows
-from echelon.train.policy import PolicyConfig, starting_policy, update_policy
-from echelon.types import Turn
+from echelon.train.policy import PolicyConfig, passes, starting_policy, update_policy
+from echelon.types import Episode, Play, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +71,20 @@ class Config(RunConfig):
     """The actor: a model folder, a run directory or a hub id."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapter of the actor. A critic with a body of its own then has its own adapter on its own copy."""
-    env: str
-    """The environment: a built-in name, path.py:Class or module:Class."""
+    env: str = ""
+    """The environment: a built-in name, path.py:Class or module:Class. Off-line it is only for a test at the end."""
     env_settings: Settings = field(default_factory=dict)
     """Settings of the environment."""
     trust_task_code: bool = False
     """Run Python that stands in a file of tasks (`--env tasks.yaml`), in the sandbox. Read it first."""
+    offline: tuple[str, ...] = ()
+    """Files of recorded transitions to learn from in place of playing; `echelon evaluate --transitions` writes one."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How utterances are drawn."""
     steps: int = 100
     """Training steps; each plays episodes and updates critic and actor."""
     episodes_per_step: int = 64
-    """Episodes played per step."""
+    """Episodes played per step; off-line, in the test at the end."""
     max_turns: int = 100
     """An episode is cut off (truncated, not terminated) after this many turns."""
     error_budget: float = 0.1
@@ -83,20 +94,28 @@ class Config(RunConfig):
     n_step: int = 1
     """Turns of reward before the critic bootstraps."""
     replay_capacity: int = 10_000
-    """Transitions kept."""
+    """Transitions kept; off-line, all of the files are."""
     critic_optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer of the critic."""
-    critic_body: Literal["own", "actor"] = "own"
-    """What the critic reads with: a body of its own, or the actor's, of which only the heads are then learned."""
+    critic_body: Literal["own", "actor", "encoder"] = "own"
+    """What the critic reads with: a decoder of its own; the actor's, of which only the heads are then learned; or an
+    encoder, which reads states and actions apart, as text."""
     critic_path: str = ""
-    """Model that an own body starts as a copy of, with the actor's tokenizer; empty takes the actor itself."""
+    """Model that an own body starts as a copy of, with the actor's tokenizer; empty takes the actor itself. Or the
+    encoder: any model folder or hub id, with its own tokenizer."""
     critic_updates: int = 20
-    """Critic updates per step."""
+    """Critic updates per step; 0 is for cloning, which needs no critic."""
     critic_episodes: int = 16
     """Replayed episodes per critic update."""
     value_actions: Literal["fresh", "replayed"] = "fresh"
     """Whose Q is V's target: actions drawn now (the paper), or those in the replay (SARSA). The latter needs no
     sampling, and makes V the value of the policies that filled the replay: keep that short."""
+    expectile: float = 0.5
+    """Which expectile of that Q V is: 0.5 is the mean; with replayed actions, 0.9 is near the best of them (IQL)."""
+    value_scale: Literal["linear", "range", "symlog"] = "linear"
+    """How outputs of the critic mean values: as they are, through a sigmoid into value_range, or as their symlog."""
+    value_range: tuple[float, float] = (0.0, 1.0)
+    """Lowest and highest value there can be (value_scale = range)."""
     fresh_updates: int = 10
     """Critic updates whose episodes and fresh actions are drawn together, in one batch of the sampler."""
     fresh_states: int = 0
@@ -114,11 +133,23 @@ class Config(RunConfig):
     freeze_actor: bool = False
     """Only the critic learns; with candidates, that is CHAI."""
     actor_states: Literal["replay", "rollout"] = "replay"
-    """Where the actor learns: replayed states with fresh actions (the paper), or the step's own episodes."""
+    """Where the actor learns: replayed states (the paper), or the step's own episodes."""
+    actor_actions: Literal["fresh", "replayed"] = "fresh"
+    """What it learns of in replayed states: actions drawn now (the paper), or those in the replay."""
     actor_episodes: int = 64
-    """Replayed episodes per actor phase (actor_states = replay)."""
+    """Replayed episodes per actor update (actor_states = replay), and of those it imitates (policy.ptx_coef)."""
+    actor_updates: int = 1
+    """Actor updates per step, each on replayed states drawn anew."""
+    actor_top: float = 1.0
+    """Only this fraction of the replayed episodes, those with the highest returns, is imitated (filtered cloning)."""
+    credit: Literal["advantage", "q", "none"] = "advantage"
+    """What an utterance is credited with: min Q - min V, or min Q alone, or nothing, which with awr is plain cloning."""
     advantages: Literal["raw", "centred", "whitened"] = "centred"
-    """As the critic gives them, or less their mean over the actor's batch, or also with deviation 1."""
+    """That credit as it is, or less its mean over the actor's batch, or also with deviation 1."""
+    token_baseline: bool = False
+    """Subtract from every token's credit what is expected of the utterance before that token: for long utterances."""
+    baseline_optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer of that baseline, a decoder that starts as a copy of the actor."""
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(loss="reinforce"))
     """How the actor learns from the advantages."""
     tokens_per_pass: int = 4096
@@ -126,88 +157,156 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "env", "model.path")
+        require(self, *([] if self.offline else ["env"]), "model.path")
         counts = ["steps", "episodes_per_step", "max_turns", "n_step", "replay_capacity", "candidates"]
-        counts += ["critic_updates", "critic_episodes", "fresh_updates", "target_every", "actor_episodes"]
+        counts += ["critic_episodes", "fresh_updates", "target_every", "actor_episodes", "actor_updates"]
         for name in (*counts, "tokens_per_pass"):
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
-        for name in ("fresh_states", "warmup_steps"):
+        for name in ("fresh_states", "warmup_steps", "critic_updates"):
             demand(self, name, getattr(self, name) >= 0, "it is a number of things. Give 0 or more.")
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
         demand(self, "gamma", 0 <= self.gamma <= 1, "a discount lies between 0 and 1. Try 0.95.")
-        proposed = self.candidates == 1 or self.actor_states == "replay" or self.freeze_actor
-        because = "what the critic picked is not what the actor would draw. Set actor_states = replay, or freeze_actor."
-        demand(self, "candidates", proposed, because)
-        own = not (self.critic_path and self.critic_body == "actor")
-        demand(self, "critic_path", own, "critic_body = actor reads with the actor's body. Set critic_body = own.")
         demand(self, "tau", 0 < self.tau <= 1, "the target would never move, or overshoot. Give a number in (0, 1].")
+        demand(self, "offline", "" not in self.offline, "a file has a name. Give the transitions to learn from.")
+        _check_critic(self)
+        _check_actor(self)
+
+
+def _check_critic(cfg: Config) -> None:
+    own = not (cfg.critic_path and cfg.critic_body == "actor")
+    demand(cfg, "critic_path", own, "critic_body = actor reads with the actor's body. Set critic_body = own.")
+    given = cfg.critic_path or cfg.critic_body != "encoder"
+    demand(cfg, "critic_body", bool(given), "nothing says which encoder. Give critic_path, such as roberta-base.")
+    demand(cfg, "expectile", 0 < cfg.expectile < 1, "it lies between the least and the best. Give 0.5 to 0.95.")
+    because = "above the mean of fresh actions V would be of a policy that nobody plays. Set value_actions = replayed."
+    demand(cfg, "expectile", cfg.expectile == 0.5 or cfg.value_actions == "replayed", because)
+    low, high = cfg.value_range
+    demand(cfg, "value_range", -math.inf < low < high < math.inf, "it begins below its end. Give the two, as in -20 0.")
+    needless = cfg.critic_updates > 0 or (cfg.credit == "none" and cfg.candidates == 1)
+    because = "a critic that never learns is asked. Give 1 or more, or set credit = none and candidates = 1."
+    demand(cfg, "critic_updates", needless, because)
+
+
+def _check_actor(cfg: Config) -> None:
+    replayed, frozen = cfg.actor_states == "replay", cfg.freeze_actor
+    because = "what the critic picked is not what the actor would draw. Set actor_states = replay, or freeze_actor."
+    demand(cfg, "candidates", cfg.candidates == 1 or replayed or frozen, because)
+    played = bool(cfg.env) or not cfg.offline
+    demand(cfg, "candidates", cfg.candidates == 1 or played, "off-line nothing is played without env. Give it, or 1.")
+    demand(cfg, "actor_states", replayed or not cfg.offline, "off-line nothing is played. Set actor_states = replay.")
+    because = "a batch that was played teaches once. Set actor_states = replay."
+    demand(cfg, "actor_updates", replayed or cfg.actor_updates == 1, because)
+    old = cfg.actor_actions == "replayed"
+    because = "the step's own episodes have actions already. Set actor_states = replay."
+    demand(cfg, "actor_actions", replayed or not old, because)
+    because = "only regression learns from what others said. Set policy.loss = awr, or actor_actions = fresh."
+    demand(cfg, "actor_actions", not old or cfg.policy.loss == "awr", because)
+    because = "without it only what was recorded can be cloned. Set actor_actions = replayed and policy.loss = awr."
+    demand(cfg, "credit", cfg.credit != "none" or old or frozen, because)
+    demand(cfg, "actor_top", 0 < cfg.actor_top <= 1, "it is a part of the episodes. Give 0.1, or 1 for all.")
+    because = "nothing of the replay is imitated. Set actor_actions = replayed or policy.ptx_coef."
+    demand(cfg, "actor_top", cfg.actor_top == 1 or old or cfg.policy.ptx_coef > 0, because)
+    demand(cfg, "token_baseline", not (cfg.token_baseline and cfg.credit == "none"), "there is no credit to reduce.")
 
 
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, metrics.jsonl and episodes.jsonl."""
-    env = open_env(cfg.env, cfg.env_settings, trust_code=cfg.trust_task_code)
+    env = open_env(cfg.env, cfg.env_settings, trust_code=cfg.trust_task_code) if cfg.env else None
     actor = open_actor(cfg.model, cfg.sampling, lora=cfg.lora)
     set_threads(cfg.threads, actor.module)
     check_masks(actor.module)
-    updates = max(0, cfg.steps - cfg.warmup_steps) * cfg.policy.epochs * cfg.policy.minibatches
-    policy = Learner(actor.module, cfg.policy.optim, total_steps=updates, name="actor", tokenizer=actor.tokenizer)
-    online = open_critic(cfg, actor)
-    critic = Learner(online, cfg.critic_optim, total_steps=cfg.steps * cfg.critic_updates, name="critic")
-    target, replay = online.target(), Replay(cfg.replay_capacity)
-    parts: dict[str, Saveable] = {"actor": policy, "critic": critic, "target": Weights(target), "replay": replay}
-    reference = starting_policy(actor.module, cfg.policy)
-    if reference is not None:
-        parts["reference"] = Weights(reference)
+    levels = open_levels(cfg, actor)
+    if cfg.offline and not cfg.resume:
+        levels.replay.add(read_transitions(cfg.offline, actor.role.renderer, gamma=cfg.gamma, n_step=cfg.n_step))
     if cfg.dry_run:
-        sampled = cfg.episodes_per_step * cfg.max_turns * cfg.sampling.max_tokens
-        return describe({"actor": actor.module, "critic": online}, tokens_per_step=sampled)
+        sampled = 0 if cfg.offline else cfg.episodes_per_step * cfg.max_turns * cfg.sampling.max_tokens
+        return describe({"actor": actor.module, "critic": levels.online}, tokens_per_step=sampled)
 
-    tasks = env.tasks("train")
-    play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
-    chooser = BestOf(actor.sampler, critic_score(online, tokens_per_pass=cfg.tokens_per_pass), cfg.candidates)
-    choosing = Role("actor", chooser, actor.role.renderer, actor.role.params)
-    play_choosing = env_loop(env.make, choosing, max_turns=cfg.max_turns)
+    play = None if env is None else plays(cfg, env, levels)
+    parts = levels.parts()
     with Checkpoints(
         Path(cfg.out), config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume
     ) as checkpoints:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
-        actor.sampler.load(policy.weights(), policy.version)
+        levels.publish()
         if not cfg.resume:
             checkpoints.save(0, parts)
-        with Log(Path(cfg.out), total=cfg.steps, start=start, name="archer") as log:
+        with Log(Path(cfg.out), total=cfg.steps, start=start, name="archer", config=cfg.log, settings=cfg) as log:
             for step in range(start, cfg.steps):
-                chosen, seed = (
-                    task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed),
-                    derive_seed(cfg.seed, step),
-                )
-                played_by = play_choosing if cfg.candidates > 1 and step >= cfg.warmup_steps else play
-                episodes = asyncio.run(collect(chosen, played_by, seed=seed, error_budget=cfg.error_budget))
-                played = [episode for episode in episodes if episode.ending != "failed"]
-                found = [transitions(episode, "actor", gamma=cfg.gamma, n_step=cfg.n_step) for episode in played]
-                replay.add(found)
-                turns, returns_N = [turn for episode in played for turn in episode.turns], mc_returns(found)
+                episodes, found = gather(cfg, step, env, play, levels)
                 if step == 0:
-                    online.start_at(float(returns_N.mean()))
-                    bellman.hard_copy_(target, online)
+                    levels.online.start_at(float(mc_returns(levels.replay.episodes()).mean()))
+                    bellman.hard_copy_(levels.target, levels.online)
 
-                metrics = update_critic(cfg, step, critic, target, replay, actor.role)
-                batch = pack(turns)
-                q_2N, v_2N = judge(online, batch, cfg.tokens_per_pass)
+                metrics = update_critic(cfg, step, levels)
+                turns = [turn for episode in episodes if episode.ending != "failed" for turn in episode.turns]
+                batch = pack(turns or examples(found))
+                told = judged(cfg, levels, batch, turns, mc_returns(found))
                 if step >= cfg.warmup_steps and not cfg.freeze_actor:
-                    metrics |= update_actor(cfg, step, policy, reference, online, batch, replay, actor.role)
-                actor.sampler.load(policy.weights(), policy.version)
+                    metrics |= update_actor(cfg, step, levels, batch)
 
-                everywhere = torch.ones_like(returns_N, dtype=torch.bool)
-                metrics["critic/explained_variance"] = float(explained_variance(v_2N.mean(0), returns_N, everywhere))
-                log.metrics(step, {**rollout_metrics(episodes), **metrics})
-                log.episodes(step, episode_rows(episodes[:8], per_turn=columns(turns, q_2N, v_2N)))
-                if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-                    checkpoints.save(step + 1, parts)
+                done = step + 1
+                if env is not None and play is not None and cfg.offline and done == cfg.steps:
+                    metrics |= tested(cfg, env, play(step))
+                log.metrics(step, {**(rollout_metrics(episodes) if episodes else {}), **metrics, **told.metrics})
+                log.episodes(step, episode_rows(episodes[:8], per_turn=told.columns))
+                if done == cfg.steps or (cfg.save_every and done % cfg.save_every == 0):
+                    checkpoints.save(done, parts)
+
+
+@dataclass(slots=True)
+class Levels:
+    """What learns, what it learns from, and who acts."""
+
+    role: Role
+    policy: Learner
+    critic: Learner
+    online: UtteranceCritic
+    target: UtteranceCritic
+    replay: Replay
+    reference: nn.Module | None
+    baseline: Learner | None
+
+    def parts(self) -> dict[str, Saveable]:
+        """Everything that must survive a kill."""
+        found: dict[str, Saveable] = {"actor": self.policy, "critic": self.critic}
+        found |= {"target": Weights(self.target), "replay": self.replay}
+        if self.reference is not None:
+            found["reference"] = Weights(self.reference)
+        if self.baseline is not None:
+            found["baseline"] = self.baseline
+        return found
+
+    def publish(self) -> None:
+        """Let the actor speak with the weights as they are now."""
+        self.role.sampler.load(self.policy.weights(), self.policy.version)
+
+
+def open_levels(cfg: Config, actor: Actor) -> Levels:
+    """Both levels before they learn, around an actor that is open already."""
+    steps = max(0, cfg.steps - cfg.warmup_steps) * cfg.actor_updates
+    updates = steps * cfg.policy.epochs * cfg.policy.minibatches
+    policy = Learner(actor.module, cfg.policy.optim, total_steps=updates, name="actor", tokenizer=actor.tokenizer)
+    online = open_critic(cfg, actor)
+    critic = Learner(online, cfg.critic_optim, total_steps=cfg.steps * cfg.critic_updates, name="critic")
+    baseline = None
+    if cfg.token_baseline:
+        value = TokenValue.from_lm(actor.module)
+        baseline = Learner(value, cfg.baseline_optim, total_steps=updates, name="baseline")
+    replay = Replay(sys.maxsize if cfg.offline else cfg.replay_capacity)
+    reference = starting_policy(actor.module, cfg.policy)
+    return Levels(actor.role, policy, critic, online, online.target(), replay, reference, baseline)
 
 
 def open_critic(cfg: Config, actor: Actor) -> UtteranceCritic:
-    """A new critic, its heads drawn from the run's seed. Raises DataError for a body that reads other tokens."""
-    base = actor.module
+    """A new critic, its heads drawn from the run's seed. Raises DataError for a decoder that reads other tokens."""
+    base, scale = actor.module, Scale(cfg.value_scale, *cfg.value_range)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(cfg.seed, "critic"))
+        if cfg.critic_body == "encoder":
+            trust = cfg.model.trust_remote_code
+            encoder = TextEncoder.load(cfg.critic_path, actor.tokenizer, dtype=cfg.model.dtype, trust_remote_code=trust)
+            return UtteranceCritic.from_encoder(encoder.to(next(base.parameters()).device), scale=scale)
     if cfg.critic_path:
         if load_tokenizer(model_path(cfg.critic_path)).get_vocab() != actor.tokenizer.get_vocab():
             raise DataError(
@@ -218,7 +317,32 @@ def open_critic(cfg: Config, actor: Actor) -> UtteranceCritic:
         base = open_actor(model, cfg.sampling, lora=cfg.lora).module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(cfg.seed, "critic"))
-        return UtteranceCritic.from_lm(base, shared_body=cfg.critic_body == "actor")
+        return UtteranceCritic.from_lm(base, shared_body=cfg.critic_body == "actor", scale=scale)
+
+
+def plays(cfg: Config, env: EnvSpec, levels: Levels) -> Callable[[int], Play]:
+    """How episodes are played at a step: by the actor, and after the warm-up by the critic's choice if it has one."""
+    chooser = BestOf(
+        levels.role.sampler, critic_score(levels.online, tokens_per_pass=cfg.tokens_per_pass), cfg.candidates
+    )
+    choosing = Role("actor", chooser, levels.role.renderer, levels.role.params)
+    alone, both = (env_loop(env.make, role, max_turns=cfg.max_turns) for role in (levels.role, choosing))
+    return lambda step: both if cfg.candidates > 1 and step >= cfg.warmup_steps else alone
+
+
+def gather(
+    cfg: Config, step: int, env: EnvSpec | None, play: Callable[[int], Play] | None, levels: Levels
+) -> tuple[list[Episode], list[list[Transition]]]:
+    """The episodes of a step, which enter the replay, as transitions; off-line, some of those that are in it."""
+    if cfg.offline or env is None or play is None:
+        return [], levels.replay.sample_episodes(cfg.actor_episodes, seed=derive_seed(cfg.seed, "shown", step))
+    chosen = task_batch(env.tasks("train"), step, cfg.episodes_per_step, seed=cfg.seed)
+    seed = derive_seed(cfg.seed, step)
+    episodes = asyncio.run(collect(chosen, play(step), seed=seed, error_budget=cfg.error_budget))
+    played = [episode for episode in episodes if episode.ending != "failed"]
+    found = [transitions(episode, "actor", gamma=cfg.gamma, n_step=cfg.n_step) for episode in played]
+    levels.replay.add(found)
+    return episodes, found
 
 
 def update_critic(

@@ -2,10 +2,11 @@
 
 Shao et al., "DeepSeekMath", arXiv 2402.03300, over whole multi-turn episodes: the advantage of an episode is its return
 less the mean of its group, in units of the group's deviation, and every token the policy sampled in it gets that
-number in a clipped surrogate. The flat baseline of the hierarchical recipes: which turn earned the return, it does
-not ask. What later papers changed are settings: what an episode is compared with (baseline, scale, whiten), what weighs
-the same (weigh), what has a ratio and what bounds it (policy.loss), where KL counts (kl_in), which episodes are learned
-from (replacements, mask_cut_off) and what length costs (overlong_cache). docs/algorithms/grpo.md has a row per method.
+number in a clipped surrogate. The flat baseline of the hierarchical recipes: which turn earned the return, it asks only
+if `credit` tells it to. What later papers changed are settings: whose reward is whose (credit), what it is compared
+with (baseline, scale, whiten), what weighs the same (weigh), what has a ratio and what bounds it (policy.loss), where
+KL counts (kl_in), which episodes are learned from (replacements, mask_cut_off) and what length costs (overlong_cache).
+docs/algorithms/grpo.md has a row per method, docs/credit.md a row per scheme of credit.
 
 Deviations from the paper, each a setting: several passes over the episodes of a step (policy.epochs), and no KL to the
 starting policy (policy.kl_coef).
@@ -65,12 +66,23 @@ class Config(TaskConfig):
     replacements: int = 0
     """Most further tasks a step may draw in place of those whose episodes all earned the same, which teach nothing
     (DAPO's dynamic sampling); 0 replaces none."""
+    credit: Literal["episode", "turn", "state"] = "episode"
+    """Whose a reward is: that of every turn of its episode; of its own turn and those before it (turn), each compared
+    with the same turn of its siblings; or both, of the episode and of the turns before it, compared with what siblings
+    did in the same state (state, GiGPO)."""
+    gamma: float = 1.0
+    """Discount per turn of what a turn is credited with (credit: turn, state)."""
+    compare_with: Literal["all", "reached"] = "all"
+    """The siblings a turn is compared with (credit: turn): all, of which those whose episode is over by then have
+    nothing to go, or only those that reached that turn."""
+    state_weight: float = 1.0
+    """What the comparison within a state counts next to that of episodes (credit: state); ω in GiGPO."""
     baseline: Literal["group", "leave_one_out", "batch", "none"] = "group"
-    """What is subtracted from an episode's return: the mean of its group, the mean of the others in its group, the mean
-    of the step, or nothing."""
+    """What is subtracted from the return of an episode, or from what a turn is credited with: the mean of its group,
+    the mean of the others in its group, the mean of the step, or nothing."""
     scale: Literal["none", "std", "batch_std"] = "std"
-    """Divide by the deviation of what an episode is compared with (std) or of all returns of the step (batch_std), or
-    leave advantages in the unit of the reward."""
+    """Divide by the deviation of what an episode or a turn is compared with (std) or of all returns of the step
+    (batch_std), or leave advantages in the unit of the reward."""
     whiten: bool = False
     """Give advantages mean 0 and deviation 1 over the sampled tokens of a step, besides."""
     weigh: Literal["episodes", "turns", "tokens", "constant"] = "episodes"
@@ -108,8 +120,27 @@ class Config(TaskConfig):
         because = f"some would have none of a step's {episodes} episodes. Give that many, or fewer."
         demand(self, "policy.minibatches", self.policy.minibatches <= episodes, because)
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
+        self._check_credit()
         self._check_comparison()
         self._check_lengths()
+
+    def _check_credit(self) -> None:
+        flat = self.credit == "episode"
+        because = "every episode has one turn, so its reward has one owner. Use credit = episode."
+        demand(self, "credit", flat or (bool(self.env) and self.max_turns > 1), because)
+        because = "episodes and states are compared, and there is nothing to compare with. Give baseline = group."
+        demand(self, "credit", self.credit != "state" or self.baseline != "none", because)
+        demand(self, "gamma", 0 <= self.gamma <= 1, "a discount lies between 0 and 1.")
+        because = "an episode's return is not discounted. Use credit = turn or state, or leave it out."
+        demand(self, "gamma", self.gamma == 1 or not flat, because)
+        because = "only turns are compared with siblings that got that far. Use credit = turn, or leave it out."
+        demand(self, "compare_with", self.compare_with == "all" or self.credit == "turn", because)
+        because = "nothing is compared there. Give another baseline, or leave it out."
+        demand(self, "compare_with", self.compare_with == "all" or self.baseline != "none", because)
+        because = "it weighs what is added to the credit of the episode. Give a positive number, or credit = episode."
+        demand(self, "state_weight", 0 < self.state_weight < math.inf, because)
+        because = "no states are compared. Use credit = state, or leave it out."
+        demand(self, "state_weight", self.state_weight == 1 or self.credit == "state", because)
 
     def _check_comparison(self) -> None:
         demand(self, "replacements", self.replacements >= 0, "it counts tasks. Give 0 to replace none.")
@@ -225,7 +256,7 @@ def play_groups(cfg: Config, tasks: Sequence[Task], play: Play, rewards: Rewards
         found.episodes += episodes
         found.groups += (groups := by_place(episodes, siblings))
         found.tasks += wanted
-        taught += [group for group in groups if differs(group)]
+        taught += [group for group in groups if differs(group, by_turn=cfg.credit != "episode")]
     found.metrics = average_of(given) | {"group/zero_variance": (len(found.groups) - len(taught)) / len(found.groups)}
     if cfg.replacements:
         replaced, missing = found.tasks - cfg.tasks_per_step, cfg.tasks_per_step - len(taught)
@@ -247,9 +278,16 @@ def by_place(episodes: Sequence[Episode], siblings: int) -> list[list[Episode]]:
     return [group for group in groups if group]
 
 
-def differs(group: Sequence[Episode]) -> bool:
-    """Whether somebody in the group earned more than somebody else."""
-    return not credit.zero_variance_groups(torch.tensor([episode.reward for episode in group]), [0] * len(group))
+def differs(group: Sequence[Episode], *, by_turn: bool = False) -> bool:
+    """Whether somebody in the group earned more than somebody else or, by turn, at another turn."""
+    earned = torch.tensor([episode.reward for episode in group])
+    if by_turn:
+        longest = max(len(episode.turns) for episode in group)
+        earned = torch.zeros(len(group), longest)
+        for row, episode in zip(earned, group, strict=True):
+            row[: len(episode.turns)] = torch.tensor([turn.reward for turn in episode.turns])
+        return bool((earned != earned[0]).any())
+    return not credit.zero_variance_groups(earned, [0] * len(group))
 
 
 def average_of(rounds: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
@@ -265,21 +303,17 @@ def average_of(rounds: Sequence[tuple[int, dict[str, float]]]) -> dict[str, floa
 def compare(cfg: Config, batch: Batch, groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
     """Give the batch of all their turns, group by group, its advantages and weights; returns what there is to log.
 
-    The advantage of a token is the return of its episode, less what that is compared with, and times its weight: what
-    the loss would have to be multiplied by so that what `cfg.weigh` names weighs the same.
+    The advantage of a token is that of its turn (`assign`), times its weight: what the loss would have to be multiplied
+    by so that what `cfg.weigh` names weighs the same.
     """
     played = [episode for group in groups for episode in group]
-    keys = [number for number, group in enumerate(groups) for _ in group]
+    keys = [0 if cfg.baseline == "batch" else number for number, group in enumerate(groups) for _ in group]
     owner_N = torch.tensor([place for place, episode in enumerate(played) for _ in episode.turns])
-    returns_E, metrics = charged(cfg, batch, played, owner_N)
-    advantages_E = returns_E
-    if cfg.baseline != "none":
-        keys = [0] * len(played) if cfg.baseline == "batch" else keys
-        alone = cfg.baseline == "leave_one_out"
-        advantages_E = credit.group_baseline(returns_E, keys, scale=cfg.scale, leave_one_out=alone)
-    metrics["policy/advantage_std"] = float(advantages_E.std(correction=0))
+    rewards_N, metrics = charged(cfg, batch, played, owner_N)
+    advantages_N, told = assign(cfg, rewards_N, owner_N, keys, [tuple(t.prompt) for e in played for t in e.turns])
+    metrics |= told
 
-    advantages_BT = batch.spread(advantages_E[owner_N])
+    advantages_BT = batch.spread(advantages_N)
     if cfg.kl_in == "tokens":
         advantages_BT = advantages_BT - cfg.policy.kl_coef * to_go(batch, log_ratio_to_start(batch), owner_N)
     factor, share_N = shares(cfg, played, owner_N)
@@ -292,24 +326,53 @@ def compare(cfg: Config, batch: Batch, groups: Sequence[Sequence[Episode]]) -> d
     return metrics
 
 
+def assign(
+    cfg: Config,
+    rewards_N: Float[Tensor, "N"],
+    owner_N: Int[Tensor, "N"],
+    keys: Sequence[Hashable],
+    states: Sequence[Hashable],
+) -> tuple[Float[Tensor, "N"], dict[str, float]]:
+    """The advantage of every turn, by the scheme that `cfg.credit` names, and what there is to log about it.
+
+    `keys` says which episodes are siblings, `states` which turns saw the same.
+    """
+    returns_E = torch.zeros(len(keys), dtype=rewards_N.dtype).index_add(0, owner_N, rewards_N).float()
+    to_go_N = credit.turn_returns(rewards_N, owner_N, gamma=cfg.gamma).float()
+    compared, alone = cfg.baseline != "none", cfg.baseline == "leave_one_out"
+    if cfg.credit == "turn":
+        everybody = cfg.compare_with == "all"
+        given = partial(credit.same_turn_baseline, ended=everybody, scale=cfg.scale, leave_one_out=alone)
+        advantages_N = given(to_go_N, owner_N, keys) if compared else to_go_N
+        return advantages_N, spread_of(advantages_N, owner_N) | company(owner_N, keys, turn_numbers(owner_N), "turn")
+
+    given = partial(credit.group_baseline, scale=cfg.scale, leave_one_out=alone)
+    advantages_E = given(returns_E, keys) if compared else returns_E
+    if cfg.credit == "episode":
+        return advantages_E[owner_N], {"policy/advantage_std": float(advantages_E.std(correction=0))}
+    given = partial(credit.same_state_baseline, scale=cfg.scale, leave_one_out=alone)
+    advantages_N = advantages_E[owner_N] + cfg.state_weight * given(to_go_N, owner_N, keys, states)
+    return advantages_N, spread_of(advantages_N, owner_N) | company(owner_N, keys, states, "state")
+
+
 def charged(
     cfg: Config, batch: Batch, played: Sequence[Episode], owner_N: Int[Tensor, "N"]
-) -> tuple[Float[Tensor, "E"], dict[str, float]]:
-    """What every episode earned, less what its length and its distance from the start cost; and these costs."""
-    returns_E = torch.tensor([episode.reward for episode in played])
+) -> tuple[Float[Tensor, "N"], dict[str, float]]:
+    """What every turn earned, less what its length and its distance from the start cost, in float64; and these costs
+    per episode."""
+    rewards_N = torch.tensor([turn.reward for episode in played for turn in episode.turns], dtype=torch.float64)
     metrics: dict[str, float] = {}
     if cfg.overlong_cache:
         tokens_N = torch.tensor([len(turn.action) for episode in played for turn in episode.turns])
         over_N = credit.overlong_penalty(tokens_N, longest=cfg.sampling.max_tokens, cache=cfg.overlong_cache)
-        cost_E = cfg.overlong_penalty * torch.zeros_like(returns_E).index_add(0, owner_N, over_N)
-        returns_E, metrics["reward/overlong"] = returns_E - cost_E, -float(cost_E.mean())
+        cost_N = cfg.overlong_penalty * over_N
+        rewards_N, metrics["reward/overlong"] = rewards_N - cost_N, -float(cost_N.sum() / len(played))
     if cfg.kl_in != "loss":
-        k1_BT = log_ratio_to_start(batch)
-        kl_E = torch.zeros_like(returns_E).index_add(0, owner_N, batch.pool(k1_BT))
-        metrics |= {"group/kl_to_start": float(kl_E.mean())}
+        kl_N = batch.pool(log_ratio_to_start(batch))
+        metrics |= {"group/kl_to_start": float(kl_N.sum() / len(played))}
         if cfg.kl_in == "episodes":
-            returns_E = returns_E - cfg.policy.kl_coef * kl_E
-    return returns_E, metrics
+            rewards_N = rewards_N - cfg.policy.kl_coef * kl_N
+    return rewards_N, metrics
 
 
 def log_ratio_to_start(batch: Batch) -> Float[Tensor, "B T"]:

@@ -93,6 +93,7 @@ def scripted_loop(
             messages += [Message(role="assistant", content=said), *step.messages]
             if step.terminated or step.truncated:
                 episode.ending = "terminated" if step.terminated else "truncated"
-                return
+                break
+        episode.unanswered = tuple(heard)
 
     return play

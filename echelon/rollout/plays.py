@@ -46,7 +46,8 @@ def env_loop(make: Callable[[Task], Env], actor: Role, *, max_turns: int = 1000)
         episode.ending = "truncated"
         # What follows was not played, but its value still counts. An environment may end without a last observation.
         unseen = [] if stop_when else [Message(role="user", content="")]
-        episode.final = actor.state(episode, messages or unseen, turn)
+        episode.unanswered = tuple(messages or unseen)
+        episode.final = actor.state(episode, episode.unanswered, turn)
 
     return play
 

@@ -134,7 +134,8 @@ def open_judge(spec: str, *, device: str = "auto", tokens_per_pass: int = 4096) 
 class FunctionJudge:
     """A Python function `fn(prompts, completions, **columns) -> list of numbers`, plain or async.
 
-    `prompts` are lists of messages, `completions` texts without stop tokens. Each column of the data set (each entry of
+    `prompts` are lists of messages, `completions` texts without stop tokens; a function that calls the latter so may
+    leave out the former and have its parameters in any order. Each column of the data set (each entry of
     `Task.data` where an environment is played) comes as a list, with None where a task does not have it; a function
     that names its columns gets those only. None in what it returns means that it has nothing to say there.
     """
@@ -142,6 +143,7 @@ class FunctionJudge:
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name = name
         self._function = function
+        self._by_name = "completions" in inspect.signature(function).parameters
         self._takes, self._required = _columns_of(function)
 
     async def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
@@ -166,7 +168,10 @@ class FunctionJudge:
             if self._takes is None or key in self._takes
         }
         prompts, completions = [answer.prompt for answer in answers], [answer.completion for answer in answers]
-        return await settle(self._function(prompts, completions, **columns))
+        if not self._by_name:
+            return await settle(self._function(prompts, completions, **columns))
+        words = {"prompts": prompts} if self._takes is None or "prompts" in self._takes else {}
+        return await settle(self._function(completions=completions, **words, **columns))
 
     async def _culprit(self, answers: Sequence[Answer], error: Exception) -> tuple[str, Exception]:
         """The task whose answer the function cannot judge, found by asking again one at a time, and what it raises."""
@@ -246,10 +251,12 @@ def _check_lengths(env: EnvSpec, renderer: Renderer) -> None:
 
 def _columns_of(function: Callable[..., Any]) -> tuple[frozenset[str] | None, tuple[str, ...]]:
     """The columns a function takes, None for all of them, and those it cannot do without."""
-    parameters = list(inspect.signature(function).parameters.values())[2:]
+    signature = inspect.signature(function).parameters
+    parameters = list(signature.values())[0 if "completions" in signature else 2 :]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    required = tuple(p.name for p in named if p.default is p.empty)
+    words = ("prompts", "completions")
+    required = tuple(p.name for p in named if p.default is p.empty and p.name not in words)
     return None if everything else frozenset(p.name for p in named), required
 
 

@@ -104,6 +104,23 @@ def test_a_function_that_names_its_columns_gets_only_those() -> None:
     assert given(fn, said("a", answer="3", source="x"))["reward/fn"] == 3.0
 
 
+def test_a_function_that_names_its_texts_may_leave_out_the_prompts() -> None:
+    """As reward functions written for TRL do."""
+
+    def long(answer: list[str], completions: list[str], **others: Any) -> list[float]:
+        assert "prompts" in others
+        return [float(len(said) + len(right)) for said, right in zip(completions, answer, strict=True)]
+
+    def short(completions: list[str]) -> list[float]:
+        return [-float(len(said)) for said in completions]
+
+    episodes = [said("yes", answer="no")]
+    Rewards([Reward("long", FunctionJudge("long", long))]).add(episodes)
+    assert episodes[0].reward == 15.0  # 10 were there before
+    Rewards([Reward("short", FunctionJudge("short", short))]).add(episodes)
+    assert episodes[0].reward == 12.0
+
+
 def test_a_column_that_is_not_there_is_named_with_those_that_are() -> None:
     def fn(prompts: Any, completions: Any, answer: Any) -> list[float]:
         return []
