@@ -115,7 +115,9 @@ def _decision(cells: Mapping[str, Any], where: str) -> Decision:
             raise DataError(f"{where}: '{column}' is missing; there is {', '.join(cells) or 'nothing'}.{meant}")
     given = [name for name in OVER if name in cells]
     if not given:
-        raise DataError(f"{where}: neither 'done' nor 'terminated' is there. Say of every row whether the task is over.")
+        raise DataError(
+            f"{where}: neither 'done' nor 'terminated' is there. Say of every row whether the task is over."
+        )
     over = {_flag(cells[name], name, where) for name in given}
     cut = _flag(cells.get("truncated"), "truncated", where)
     if len(over) > 1:

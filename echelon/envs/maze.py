@@ -243,7 +243,7 @@ def plan(size: int, layout: int) -> dict[frozenset[Cell], tuple[int, str]]:
         changed = False
         for cells, ways in unsure.items():
             left, direction = min((sum(best[part][0] for part in parts), direction) for direction, parts in ways)
-            now = (left, direction)
+            now = (len(cells) + left, direction)
             changed |= now != best[cells]
             best[cells] = now
     return best

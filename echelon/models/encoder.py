@@ -98,15 +98,15 @@ class TextEncoder(nn.Module):
         inside = rows["attention_mask"][..., None].to(hidden.dtype)
         return (hidden * inside).sum(1) / inside.sum(1).clamp(min=1)
 
-    def read(
-        self, tokens: Tensor, q_at: Spans, v_at: Places
-    ) -> tuple[Float[Tensor, "Q 2H"], Float[Tensor, "V H"]]:
+    def read(self, tokens: Tensor, q_at: Spans, v_at: Places) -> tuple[Float[Tensor, "Q 2H"], Float[Tensor, "V H"]]:
         """State and action of every utterance side by side, and every state. Texts that come twice are read once."""
         rows = tokens.tolist()
         answered = self._states(rows, q_at)
         seen = self._states(rows, v_at)
         spans = zip(q_at.row.tolist(), q_at.first.tolist(), q_at.last.tolist(), strict=True)
-        said = [str(self.reads.decode(rows[row][first : last + 1], skip_special_tokens=True)) for row, first, last in spans]
+        said = [
+            str(self.reads.decode(rows[row][first : last + 1], skip_special_tokens=True)) for row, first, last in spans
+        ]
         states, actions = self._once([*answered, *seen]), self._once(said)
         return torch.cat([states[: len(answered)], actions], dim=-1), states[len(answered) :]
 

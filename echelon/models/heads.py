@@ -119,9 +119,7 @@ class UtteranceCritic(nn.Module):
     beginning: V(s) reads the state's vector, Q(s, a) both. `scale` says how outputs of the heads mean values.
     """
 
-    def __init__(
-        self, body: nn.Module, width: int, *, shared_body: bool = False, scale: Scale = Scale()
-    ) -> None:
+    def __init__(self, body: nn.Module, width: int, *, shared_body: bool = False, scale: Scale = Scale()) -> None:
         super().__init__()
         self.shared_body = shared_body
         self._borrowed = (body,) if shared_body else ()  # in a tuple, so that it is not registered as a submodule

@@ -1,8 +1,8 @@
 """Who deserves what: rewards in, advantages out. Tensors only; no models, no episodes.
 
 Two ways to get a baseline: a critic's values (the functions with `gae` in their name) or comparison with siblings
-(`group_baseline`, and over it `same_turn_baseline` and `same_state_baseline`). Nothing here decides what a reward is, or
-which tokens a turn's advantage is spread over. docs/credit.md compares them.
+(those with `baseline`). Nothing here decides what a reward is, or which tokens a turn's advantage is spread over.
+docs/credit.md compares them.
 """
 
 from collections.abc import Hashable, Sequence

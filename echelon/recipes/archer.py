@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,7 @@ from echelon.train.critic import baseline_loss, bootstrap_, critic_loss, judge
 from echelon.train.learner import Learner, Weights, average
 from echelon.train.log import Log, episode_rows
 from echelon.train.policy import PolicyConfig, passes, starting_policy, update_policy
-from echelon.types import Episode, Play, Turn
+from echelon.types import Episode, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +222,7 @@ def main(cfg: Config) -> None:
         sampled = 0 if cfg.offline else cfg.episodes_per_step * cfg.max_turns * cfg.sampling.max_tokens
         return describe({"actor": actor.module, "critic": levels.online}, tokens_per_step=sampled)
 
-    play = None if env is None else plays(cfg, env, levels)
-    parts = levels.parts()
+    play, parts = player(cfg, env, levels), levels.parts()
     with Checkpoints(
         Path(cfg.out), config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume
     ) as checkpoints:
@@ -233,7 +232,8 @@ def main(cfg: Config) -> None:
             checkpoints.save(0, parts)
         with Log(Path(cfg.out), total=cfg.steps, start=start, name="archer", config=cfg.log, settings=cfg) as log:
             for step in range(start, cfg.steps):
-                episodes, found = gather(cfg, step, env, play, levels)
+                episodes = [] if cfg.offline else play(step)
+                found = remember(cfg, step, episodes, levels.replay)
                 if step == 0:
                     levels.online.start_at(float(mc_returns(levels.replay.episodes()).mean()))
                     bellman.hard_copy_(levels.target, levels.online)
@@ -241,17 +241,17 @@ def main(cfg: Config) -> None:
                 metrics = update_critic(cfg, step, levels)
                 turns = [turn for episode in episodes if episode.ending != "failed" for turn in episode.turns]
                 batch = pack(turns or examples(found))
-                told = judged(cfg, levels, batch, turns, mc_returns(found))
+                judged, columns = judgement(cfg, levels, batch, turns, mc_returns(found))
                 if step >= cfg.warmup_steps and not cfg.freeze_actor:
                     metrics |= update_actor(cfg, step, levels, batch)
 
-                done = step + 1
-                if env is not None and play is not None and cfg.offline and done == cfg.steps:
-                    metrics |= tested(cfg, env, play(step))
-                log.metrics(step, {**(rollout_metrics(episodes) if episodes else {}), **metrics, **told.metrics})
-                log.episodes(step, episode_rows(episodes[:8], per_turn=told.columns))
-                if done == cfg.steps or (cfg.save_every and done % cfg.save_every == 0):
-                    checkpoints.save(done, parts)
+                played = rollout_metrics(episodes) if episodes else {}
+                if cfg.offline and cfg.env and step + 1 == cfg.steps:
+                    played = {f"eval/{name}": found.mean for name, found in summarise(play(step)).items()}
+                log.metrics(step, {**played, **metrics, **judged})
+                log.episodes(step, episode_rows(episodes[:8], per_turn=columns))
+                if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+                    checkpoints.save(step + 1, parts)
 
 
 @dataclass(slots=True)
@@ -320,52 +320,62 @@ def open_critic(cfg: Config, actor: Actor) -> UtteranceCritic:
         return UtteranceCritic.from_lm(base, shared_body=cfg.critic_body == "actor", scale=scale)
 
 
-def plays(cfg: Config, env: EnvSpec, levels: Levels) -> Callable[[int], Play]:
-    """How episodes are played at a step: by the actor, and after the warm-up by the critic's choice if it has one."""
+def player(cfg: Config, env: EnvSpec | None, levels: Levels) -> Callable[[int], list[Episode]]:
+    """Plays the episodes of a step: the actor, and after the warm-up the critic's choice among what it proposes.
+
+    On-line those are games to train on, off-line the first ones to be tested on.
+    """
+    if env is None:
+        return lambda step: []
     chooser = BestOf(
         levels.role.sampler, critic_score(levels.online, tokens_per_pass=cfg.tokens_per_pass), cfg.candidates
     )
     choosing = Role("actor", chooser, levels.role.renderer, levels.role.params)
     alone, both = (env_loop(env.make, role, max_turns=cfg.max_turns) for role in (levels.role, choosing))
-    return lambda step: both if cfg.candidates > 1 and step >= cfg.warmup_steps else alone
+    tasks = env.tasks("test" if cfg.offline else "train")
+
+    def play(step: int) -> list[Episode]:
+        if cfg.offline:
+            chosen = [tasks[place % len(tasks)] for place in range(cfg.episodes_per_step)]
+        else:
+            chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
+        played_by = both if cfg.candidates > 1 and step >= cfg.warmup_steps else alone
+        seed = derive_seed(cfg.seed, step)
+        return asyncio.run(collect(chosen, played_by, seed=seed, error_budget=cfg.error_budget))
+
+    return play
 
 
-def gather(
-    cfg: Config, step: int, env: EnvSpec | None, play: Callable[[int], Play] | None, levels: Levels
-) -> tuple[list[Episode], list[list[Transition]]]:
-    """The episodes of a step, which enter the replay, as transitions; off-line, some of those that are in it."""
-    if cfg.offline or env is None or play is None:
-        return [], levels.replay.sample_episodes(cfg.actor_episodes, seed=derive_seed(cfg.seed, "shown", step))
-    chosen = task_batch(env.tasks("train"), step, cfg.episodes_per_step, seed=cfg.seed)
-    seed = derive_seed(cfg.seed, step)
-    episodes = asyncio.run(collect(chosen, play(step), seed=seed, error_budget=cfg.error_budget))
+def remember(cfg: Config, step: int, episodes: Sequence[Episode], replay: Replay) -> list[list[Transition]]:
+    """The transitions of a step's episodes, which enter the replay; off-line, of some that are in it."""
+    if cfg.offline:
+        return replay.sample_episodes(cfg.actor_episodes, seed=derive_seed(cfg.seed, "looked at", step))
     played = [episode for episode in episodes if episode.ending != "failed"]
     found = [transitions(episode, "actor", gamma=cfg.gamma, n_step=cfg.n_step) for episode in played]
-    levels.replay.add(found)
-    return episodes, found
+    replay.add(found)
+    return found
 
 
-def update_critic(
-    cfg: Config, step: int, critic: Learner, target: UtteranceCritic, replay: Replay, role: Role
-) -> dict[str, float]:
+def update_critic(cfg: Config, step: int, levels: Levels) -> dict[str, float]:
     """The high level: twin Q towards r + γ·V̄(s'), twin V towards Q̄(s, a′), the target network following."""
     logged = []
     for done in range(0, cfg.critic_updates, cfg.fresh_updates):
         seed = derive_seed(cfg.seed, "critic", step, done)
         updates = min(cfg.fresh_updates, cfg.critic_updates - done)
-        drawn = replay.sample_episodes(cfg.critic_episodes * updates, seed=seed)
+        drawn = levels.replay.sample_episodes(cfg.critic_episodes * updates, seed=seed)
         asked = [asked_states(cfg, episode, derive_seed(seed, number)) for number, episode in enumerate(drawn)]
         states = [drawn[number][turn].state for number, turns in enumerate(asked) for turn in turns]
-        fresh: Iterator[Said] = iter(asyncio.run(answer_all(role, states, seed=seed)))
+        fresh: Iterator[Said] = iter(asyncio.run(answer_all(levels.role, states, seed=seed)))
         for update in range(updates):
             some = slice(update * cfg.critic_episodes, (update + 1) * cfg.critic_episodes)
-            batch = with_targets(cfg, target, drawn[some], asked[some], fresh)
-            logged.append(critic.update(batch.split(cfg.tokens_per_pass), critic_loss))
+            batch = with_targets(cfg, levels.target, drawn[some], asked[some], fresh)
+            loss_fn = partial(critic_loss, expectile=cfg.expectile)
+            logged.append(levels.critic.update(batch.split(cfg.tokens_per_pass), loss_fn))
             if cfg.target == "polyak":
-                bellman.polyak_(target, critic.module, cfg.tau)
-            elif critic.version % cfg.target_every == 0:
-                bellman.hard_copy_(target, critic.module)
-    return {f"critic/{name}": value for name, value in average(logged).items()}
+                bellman.polyak_(levels.target, levels.online, cfg.tau)
+            elif levels.critic.version % cfg.target_every == 0:
+                bellman.hard_copy_(levels.target, levels.online)
+    return {f"critic/{name}": value for name, value in average(logged).items()} if logged else {}
 
 
 def asked_states(cfg: Config, episode: Sequence[Transition], seed: int) -> list[int]:
@@ -387,96 +397,107 @@ def with_targets(
     """Rows of transitions, with what Q shall be at all of them and V where a fresh action was asked for."""
     batch = pack_transitions([transition for episode in episodes for transition in episode])
     batch = batch.to(next(target.parameters()).device)
-    with torch.no_grad():
-        q_2N, next_v_2N = target(batch.tokens, said_in(batch), Places(batch.next_row_N, batch.next_N), batch.lengths)
-    gamma_N = cfg.gamma**batch.steps_N
-    batch.q_target = bellman.td_target(batch.reward_N, next_v_2N, gamma=gamma_N, terminated=batch.terminated_N)
+    q_2N = bootstrap_(batch, target, gamma=cfg.gamma)
     if cfg.value_actions == "replayed":
         batch.v_target = q_2N
         return batch
     begin_E = np.cumsum([0, *map(len, episodes)])
     at = [int(begin) + turn for begin, turns in zip(begin_E[:-1], asked, strict=True) for turn in turns]
     answers = pack_branches([next(fresh) for _ in at])
-    batch.v_target = torch.full_like(batch.q_target, math.nan)
+    batch.v_target = torch.full_like(q_2N, math.nan)
     batch.v_denom = float(len(at))
     batch.v_target[:, at] = judge(target, answers, cfg.tokens_per_pass)[0].to(batch.v_target)
     return batch
 
 
-def critic_loss(module: nn.Module, batch: CriticBatch) -> tuple[Tensor, dict[str, float]]:
-    """Mean squared error of both Q and both V, each against its own target; V counts where it has one."""
-    q_target = losses.require(batch.q_target, "q_target", "Call with_targets first.")
-    v_target = losses.require(batch.v_target, "v_target", "Call with_targets first.")
-    q_2N, v_2N = module(batch.tokens, said_in(batch), Places(batch.row_N, batch.state_N), batch.lengths)
-    q_loss = losses.squared_error(q_2N, q_target).sum() / batch.denom
-    asked = ~v_target.isnan()
-    v_loss = losses.squared_error(v_2N, v_target.nan_to_num(), asked).sum() / batch.v_denom
-    means = {"q_mean": q_2N.mean(0).sum() / batch.denom, "q_target": q_target.mean(0).sum() / batch.denom}
-    stats = {"q_loss": q_loss, "v_loss": v_loss, "v_mean": v_2N.mean(0).sum() / batch.denom, **means}
-    return q_loss + v_loss, {name: value.item() for name, value in stats.items()}
+def update_actor(cfg: Config, step: int, levels: Levels, played: Batch) -> dict[str, float]:
+    """The low level: every token of an utterance gets what that utterance is credited with."""
+    logged = []
+    for number in range(cfg.actor_updates):
+        again = (number,) if number else ()
+        batch = actor_batch(cfg, levels, played, seed=derive_seed(cfg.seed, "actor", step, *again))
+        credits_N = credit(cfg, levels.online, batch)
+        spread = float(credits_N.std(correction=0))
+        if cfg.advantages == "centred":
+            credits_N = credits_N - credits_N.mean()
+        elif cfg.advantages == "whitened":
+            credits_N = masked_whiten(credits_N, torch.ones_like(credits_N, dtype=torch.bool))
+        batch.advantages = batch.spread(credits_N)
+        seed = derive_seed(cfg.seed, "minibatches", step, *again)
+        logged.append({**learn(cfg, levels, batch, seed=seed), "policy/advantage_std": spread})
+        levels.publish()
+    return average(logged)
 
 
-def said_in(batch: CriticBatch) -> Spans:
-    """Where the actions of a batch of transitions lie."""
-    return Spans(batch.row_N, batch.state_N, batch.state_N + 1, batch.action_N)
-
-
-@torch.no_grad()
-def judge(critic: UtteranceCritic, batch: Batch, tokens_per_pass: int) -> tuple[Tensor, Tensor]:
-    """Twin Q of every packed action and twin V of the state it answered, (2, N) each, on the CPU."""
-    q_2N, v_2N = torch.zeros(2, batch.turns), torch.zeros(2, batch.turns)
-    for micro in batch.split(tokens_per_pass):
-        micro = micro.to(next(critic.parameters()).device)
-        said = Spans(micro.row_N, micro.state_N, micro.first_N, micro.last_N)
-        seen = Places(micro.row_N, micro.state_N)
-        q, v = critic(micro.tokens, said, seen, micro.lengths, **attention_inputs(critic, micro))
-        index_N = micro.index_N.cpu()
-        q_2N[:, index_N], v_2N[:, index_N] = q.cpu(), v.cpu()
-    return q_2N, v_2N
-
-
-def update_actor(
-    cfg: Config,
-    step: int,
-    policy: Learner,
-    reference: nn.Module | None,
-    critic: UtteranceCritic,
-    batch: Batch,
-    replay: Replay,
-    role: Role,
-) -> dict[str, float]:
-    """The low level: every token of an utterance gets min Q − min V of that utterance."""
-    if cfg.actor_states == "replay":
-        seed = derive_seed(cfg.seed, "actor", step)
-        drawn = replay.sample_episodes(cfg.actor_episodes, seed=seed)
+def actor_batch(cfg: Config, levels: Levels, played: Batch, *, seed: int) -> Batch:
+    """What the actor learns from: what was played, or replayed states with actions, fresh ones or those said there."""
+    if cfg.actor_states == "rollout":
+        return played
+    if cfg.actor_actions == "fresh":
+        drawn = levels.replay.sample_episodes(cfg.actor_episodes, seed=seed)
         states = [transition.state for episode in drawn for transition in episode]
-        batch = pack_branches(asyncio.run(answer_all(role, states, seed=seed)))
+        return pack_branches(asyncio.run(answer_all(levels.role, states, seed=seed)))
+    batch = pack(examples(levels.replay.sample_episodes(cfg.actor_episodes, seed=seed, top=cfg.actor_top)))
+    now = partial(token_logprobs, temperature=cfg.sampling.temperature)
+    batch.logprobs = levels.policy.evaluate(batch, now, cfg.tokens_per_pass)  # whoever said them, from here it goes on
+    return batch
+
+
+def credit(cfg: Config, critic: UtteranceCritic, batch: Batch) -> Tensor:
+    """What each utterance of a batch is credited with."""
+    if cfg.credit == "none":
+        return torch.zeros(batch.turns)
     q_2N, v_2N = judge(critic, batch, cfg.tokens_per_pass)
-    advantages_N = q_2N.amin(0) - v_2N.amin(0)
-    spread = float(advantages_N.std(correction=0))
-    if cfg.advantages == "centred":
-        advantages_N = advantages_N - advantages_N.mean()
-    elif cfg.advantages == "whitened":
-        advantages_N = masked_whiten(advantages_N, torch.ones_like(advantages_N, dtype=torch.bool))
-    batch.advantages = batch.spread(advantages_N)
+    return q_2N.amin(0) - v_2N.amin(0) if cfg.credit == "advantage" else q_2N.amin(0)
+
+
+def learn(cfg: Config, levels: Levels, batch: Batch, *, seed: int) -> dict[str, float]:
+    """The optimizer steps on one batch with advantages: of the actor, and of what is subtracted from them if asked."""
+    assert batch.advantages is not None
+    if levels.baseline is not None:
+        batch.returns = batch.advantages
+        expected_BT = levels.baseline.evaluate(batch, values_before, cfg.tokens_per_pass)
+        batch.advantages = batch.returns - expected_BT  # both are 0 between utterances
+
+    def imitated(version: int) -> Batch:
+        seed = derive_seed(cfg.seed, "imitated", version)
+        return pack(examples(levels.replay.sample_episodes(cfg.actor_episodes, seed=seed, top=cfg.actor_top)))
+
     logged = update_policy(
-        policy,
+        levels.policy,
         batch,
         settings=cfg.policy,
-        reference=reference,
+        reference=levels.reference,
         temperature=cfg.sampling.temperature,
         tokens_per_pass=cfg.tokens_per_pass,
-        seed=derive_seed(cfg.seed, "minibatches", step),
+        seed=seed,
+        ptx=imitated,
     )
-    return {**logged, "policy/advantage_std": spread}
+    if levels.baseline is not None:
+        times = {"epochs": cfg.policy.epochs, "minibatches": cfg.policy.minibatches}
+        steps = passes(levels.baseline, batch, baseline_loss, **times, tokens_per_pass=cfg.tokens_per_pass, seed=seed)
+        logged |= {f"baseline/{name}": value for name, value in average(steps).items()}
+    return logged
 
 
-def columns(turns: Sequence[Turn], q_2N: Tensor, v_2N: Tensor) -> dict[str, list[tuple[Turn, float]]]:
-    """What episodes.jsonl says of each turn besides its words: value and advantage."""
-    found = {"value": v_2N.amin(0), "advantage": q_2N.amin(0) - v_2N.amin(0)}
-    return {name: list(zip(turns, x_N.tolist(), strict=True)) for name, x_N in found.items()}
+def judgement(
+    cfg: Config, levels: Levels, batch: Batch, turns: Sequence[Turn], returns_N: Tensor
+) -> tuple[dict[str, float], dict[str, list[tuple[Turn, float]]]]:
+    """What the critic says of a step's utterances: how well it explains their returns, and columns of episodes.jsonl."""
+    if not cfg.critic_updates:
+        return {}, {}
+    q_2N, v_2N = judge(levels.online, batch, cfg.tokens_per_pass)
+    everywhere = torch.ones_like(returns_N, dtype=torch.bool)
+    metrics = {"critic/explained_variance": float(explained_variance(v_2N.mean(0), returns_N, everywhere))}
+    found = {"value": v_2N.amin(0), "advantage": q_2N.amin(0) - v_2N.amin(0)} if turns else {}
+    return metrics, {name: list(zip(turns, x_N.tolist(), strict=True)) for name, x_N in found.items()}
 
 
-def mc_returns(found: Sequence[Sequence[Transition]]) -> Tensor:
+def examples(found: Sequence[Sequence[Transition]]) -> list[Example]:
+    """What was seen and said in transitions, whoever said it."""
+    return [Example(transition.state, transition.action) for episode in found for transition in episode]
+
+
+def mc_returns(found: Iterable[Sequence[Transition]]) -> Tensor:
     """Discounted return to go of every turn, in order."""
     return torch.tensor([transition.mc_return for episode in found for transition in episode])

@@ -14,11 +14,12 @@ starting policy (policy.kl_coef).
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -310,7 +311,7 @@ def compare(cfg: Config, batch: Batch, groups: Sequence[Sequence[Episode]]) -> d
     keys = [0 if cfg.baseline == "batch" else number for number, group in enumerate(groups) for _ in group]
     owner_N = torch.tensor([place for place, episode in enumerate(played) for _ in episode.turns])
     rewards_N, metrics = charged(cfg, batch, played, owner_N)
-    advantages_N, told = assign(cfg, rewards_N, owner_N, keys, [tuple(t.prompt) for e in played for t in e.turns])
+    advantages_N, told = assign(cfg, played, rewards_N, owner_N, keys)
     metrics |= told
 
     advantages_BT = batch.spread(advantages_N)
@@ -328,31 +329,48 @@ def compare(cfg: Config, batch: Batch, groups: Sequence[Sequence[Episode]]) -> d
 
 def assign(
     cfg: Config,
+    played: Sequence[Episode],
     rewards_N: Float[Tensor, "N"],
     owner_N: Int[Tensor, "N"],
     keys: Sequence[Hashable],
-    states: Sequence[Hashable],
 ) -> tuple[Float[Tensor, "N"], dict[str, float]]:
     """The advantage of every turn, by the scheme that `cfg.credit` names, and what there is to log about it.
 
-    `keys` says which episodes are siblings, `states` which turns saw the same.
+    `keys` says which episodes are siblings. Two turns are in the same state if their prompts are the same ids.
     """
-    returns_E = torch.zeros(len(keys), dtype=rewards_N.dtype).index_add(0, owner_N, rewards_N).float()
+    how: dict[str, Any] = {"scale": cfg.scale, "leave_one_out": cfg.baseline == "leave_one_out"}
+    compared = cfg.baseline != "none"
     to_go_N = credit.turn_returns(rewards_N, owner_N, gamma=cfg.gamma).float()
-    compared, alone = cfg.baseline != "none", cfg.baseline == "leave_one_out"
     if cfg.credit == "turn":
-        everybody = cfg.compare_with == "all"
-        given = partial(credit.same_turn_baseline, ended=everybody, scale=cfg.scale, leave_one_out=alone)
-        advantages_N = given(to_go_N, owner_N, keys) if compared else to_go_N
-        return advantages_N, spread_of(advantages_N, owner_N) | company(owner_N, keys, turn_numbers(owner_N), "turn")
+        advantages_N, everybody = to_go_N, cfg.compare_with == "all"
+        if compared:
+            advantages_N = credit.same_turn_baseline(to_go_N, owner_N, keys, ended=everybody, **how)
+        return advantages_N, described(advantages_N, owner_N, keys, [n for e in played for n in range(len(e.turns))])
 
-    given = partial(credit.group_baseline, scale=cfg.scale, leave_one_out=alone)
-    advantages_E = given(returns_E, keys) if compared else returns_E
+    advantages_E = torch.zeros(len(played), dtype=rewards_N.dtype).index_add(0, owner_N, rewards_N).float()
+    if compared:
+        advantages_E = credit.group_baseline(advantages_E, keys, **how)
     if cfg.credit == "episode":
         return advantages_E[owner_N], {"policy/advantage_std": float(advantages_E.std(correction=0))}
-    given = partial(credit.same_state_baseline, scale=cfg.scale, leave_one_out=alone)
-    advantages_N = advantages_E[owner_N] + cfg.state_weight * given(to_go_N, owner_N, keys, states)
-    return advantages_N, spread_of(advantages_N, owner_N) | company(owner_N, keys, states, "state")
+
+    states = [tuple(turn.prompt) for episode in played for turn in episode.turns]
+    within_N = credit.same_state_baseline(to_go_N, owner_N, keys, states, **how)
+    advantages_N = advantages_E[owner_N] + cfg.state_weight * within_N
+    return advantages_N, described(advantages_N, owner_N, keys, states)
+
+
+def described(
+    advantages_N: Float[Tensor, "N"], owner_N: Int[Tensor, "N"], keys: Sequence[Hashable], places: Sequence[Hashable]
+) -> dict[str, float]:
+    """How much advantages vary, which part of that within episodes, and how many turns shared a place with another:
+    were taken by siblings at the same index, or in the same state."""
+    groups = [(keys[owner], place) for owner, place in zip(owner_N.tolist(), places, strict=True)]
+    size = Counter(groups)
+    return {
+        "policy/advantage_std": float(advantages_N.std(correction=0)),
+        "credit/within_episodes": credit.share_within(advantages_N, owner_N),
+        "credit/shared": sum(size[group] > 1 for group in groups) / len(groups),
+    }
 
 
 def charged(

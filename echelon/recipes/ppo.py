@@ -1,8 +1,10 @@
-"""PPO over tokens: a value model of its own says, token by token, what went better than expected.
+"""PPO over tokens, or turns: a value model of its own says, step by step, what went better than expected.
 
 Schulman et al., "Proximal Policy Optimization", arXiv 1707.06347, over whole multi-turn episodes. The reward of a turn
 arrives at its last token; generalised advantage estimation runs over the tokens the policy sampled, in all turns of an
 episode, as if the words of the environment between them were not there. The flat baseline of the hierarchical recipes.
+With `credit: turn` a step is a turn instead: values are of the states that turns answer, and all tokens of a turn get
+its advantage. docs/credit.md compares the two with what needs no value model.
 
 What one-turn RLHF expects is a matter of settings: prompts and reward models in place of an environment, KL to the
 starting policy in the reward (shaping.kl_coef, adapted to shaping.kl_target), rewards normalised, bounded and whitened,
@@ -18,9 +20,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from echelon.config import (
@@ -75,10 +78,13 @@ class Config(TaskConfig):
     """An episode is cut off (truncated, not terminated) after this many turns."""
     error_budget: float = 0.1
     """Fraction of a step's episodes that may fail before the run stops."""
+    credit: Literal["token", "turn"] = "token"
+    """What a step of generalised advantage estimation is: a sampled token, or a turn, whose tokens all get its
+    advantage."""
     gamma: float = 1.0
-    """Discount per sampled token."""
+    """Discount per step of credit."""
     lam: float = 0.95
-    """GAE's λ, per sampled token: 1 trusts what was earned, 0 the value of the next token."""
+    """GAE's λ, per step of credit: 1 trusts what was earned, 0 the value of the next state."""
     whiten: bool = True
     """Give advantages mean 0 and deviation 1 over the sampled tokens of a step."""
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
@@ -118,6 +124,10 @@ class Config(TaskConfig):
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
         for name in ("gamma", "lam"):
             demand(self, name, 0 <= getattr(self, name) <= 1, "a discount lies between 0 and 1.")
+        because = (
+            "it whitens the rewards of tokens, and credit = turn sums them up. Use shaping.normalize, or leave it out."
+        )
+        demand(self, "shaping.whiten", not self.shaping.whiten or self.credit == "token", because)
         clip = self.value_clip is None or self.value_clip > 0
         demand(self, "value_clip", clip, "no value could move. Give a few units of reward, or null for no bound.")
         demand(self, "warmup_steps", self.warmup_steps >= 0, "it counts steps. Give 0 to train the policy at once.")
@@ -169,7 +179,7 @@ def main(cfg: Config) -> None:
                 batch = compare(cfg, pack(turns), reference)
                 rewards_BT, shaped = shaper.rewards(batch, played)
                 if step == 0 and not online.head.weight.any():  # it knows nothing yet
-                    online.start_at(mean_return(cfg, batch, rewards_BT))
+                    online.start_at(mean_return(cfg, batch, played, rewards_BT))
                 columns, judged = judge(cfg, value, batch, played, rewards_BT)
 
                 learned = update_value(cfg, value, batch, seed=seed)
@@ -244,21 +254,14 @@ def compare(cfg: Config, batch: Batch, reference: nn.Module | None) -> Batch:
 def judge(
     cfg: Config, value: Learner, batch: Batch, played: Sequence[Episode], rewards_BT: Float[Tensor, "B T"]
 ) -> tuple[dict[str, Float[Tensor, "N"]], dict[str, float]]:
-    """Give the batch its values, returns and advantages; per turn the value before it and its mean advantage.
-
-    A row of an episode whose next turn could not continue it (its prompt had been cut) is followed by the value of the
-    state that turn begins in.
-    """
+    """Give the batch its values, returns and advantages; per turn the value before it and its mean advantage."""
     values_BT = value.evaluate(batch, lambda module, micro: token_values(module, micro)[0], cfg.tokens_per_pass)
-    bootstrap_B = after_rows(batch, values_BT, played, final_values(value, played, cfg.tokens_per_pass))
-    advantages_BT, returns_BT = credit.token_gae(
-        rewards_BT, values_BT, batch.mask, gamma=cfg.gamma, lam=cfg.lam, bootstrap_B=bootstrap_B
-    )
+    final_E = final_values(value, played, cfg.tokens_per_pass)
+    advantages_BT, returns_BT, earned_BT = SCHEMES[cfg.credit](cfg, batch, played, rewards_BT, values_BT, final_E)
     tokens_N = batch.pool(torch.ones_like(values_BT))
     columns = {"value": before_turns(batch, values_BT), "advantage": batch.pool(advantages_BT) / tokens_N}
-    earned_BT = to_go(cfg, batch, rewards_BT, bootstrap_B)
     metrics = {
-        "value/explained_variance": explained_variance(values_BT, earned_BT, batch.mask),
+        "value/explained_variance": explained_variance(values_BT, earned_BT, valued(cfg, batch)),
         "policy/advantage_std": masked_var(advantages_BT, batch.mask).sqrt(),
     }
     batch.values, batch.returns = values_BT, returns_BT
@@ -266,8 +269,67 @@ def judge(
     return columns, {name: float(number) for name, number in metrics.items()}
 
 
+Credit = tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"]]
+"""Advantages, what values are to learn, and what was really earned from each step on."""
+
+
+def over_tokens(
+    cfg: Config,
+    batch: Batch,
+    played: Sequence[Episode],
+    rewards_BT: Float[Tensor, "B T"],
+    values_BT: Float[Tensor, "B T"],
+    final_E: Float[Tensor, "E"],
+) -> Credit:
+    """GAE in which a step is a sampled token.
+
+    A row of an episode whose next turn could not continue it (its prompt had been cut) is followed by the value of the
+    state that turn begins in.
+    """
+    bootstrap_B = after_rows(batch, values_BT, played, final_E)
+    gae = partial(credit.token_gae, rewards_BT, mask_BT=batch.mask, gamma=cfg.gamma, bootstrap_B=bootstrap_B)
+    advantages_BT, returns_BT = gae(values_BT, lam=cfg.lam)
+    return advantages_BT, returns_BT, gae(torch.zeros_like(values_BT), lam=1.0)[1]
+
+
+def over_turns(
+    cfg: Config,
+    batch: Batch,
+    played: Sequence[Episode],
+    rewards_BT: Float[Tensor, "B T"],
+    values_BT: Float[Tensor, "B T"],
+    final_E: Float[Tensor, "E"],
+) -> Credit:
+    """GAE in which a step is a turn: what its tokens earned, and the value of the state it answered.
+
+    Every token of a turn gets its advantage; what values learn stands at the turn's first token, where they are read.
+    In which rows the turns lie changes nothing.
+    """
+    owner_N = torch.arange(len(played)).repeat_interleave(torch.tensor([len(episode.turns) for episode in played]))
+    rewards_N, values_N = batch.pool(rewards_BT), before_turns(batch, values_BT)
+    gae = partial(credit.turn_gae, rewards_N, episode_N=owner_N, bootstrap_N=final_E[owner_N], gamma=cfg.gamma)
+    advantages_N, returns_N = gae(values_N, lam=cfg.lam)
+    earned_N = gae(torch.zeros_like(values_N), lam=1.0)[1]
+    first_BT = valued(cfg, batch)
+    return batch.spread(advantages_N), batch.spread(returns_N) * first_BT, batch.spread(earned_N) * first_BT
+
+
+SCHEMES = {"token": over_tokens, "turn": over_turns}
+
+
+def valued(cfg: Config, batch: Batch) -> Bool[Tensor, "B T"]:
+    """The tokens before which a value is read and learned: all that were sampled, or the first of each turn."""
+    if cfg.credit == "token":
+        return batch.mask
+    first_BT = torch.zeros_like(batch.mask)
+    first_BT[batch.row_N, batch.first_N] = True
+    return first_BT
+
+
 def update_value(cfg: Config, value: Learner, batch: Batch, *, seed: int) -> dict[str, float]:
-    """Fit the value model to the returns."""
+    """Fit the value model to the returns, where it is read."""
+    mask_BT = valued(cfg, batch)
+    batch = replace(batch, mask=mask_BT, denom=float(mask_BT.sum()), counted=float(mask_BT.sum()))
     epochs, minibatches, tokens = cfg.value_epochs, cfg.value_minibatches, cfg.tokens_per_pass
     loss_fn = partial(value_loss, clip=cfg.value_clip)
     logged = passes(
@@ -283,7 +345,7 @@ def update_value(cfg: Config, value: Learner, batch: Batch, *, seed: int) -> dic
 
 
 def value_loss(module: nn.Module, batch: Batch, *, clip: float | None) -> tuple[Tensor, dict[str, float]]:
-    """Half the mean squared error over sampled tokens; with `clip`, of the worse of the value and the clipped value."""
+    """Half the mean squared error where the mask is; with `clip`, of the worse of the value and the clipped value."""
     values, _ = token_values(module, batch)
     old = losses.require(batch.values, "values", "Judge the batch first.")
     returns = losses.require(batch.returns, "returns", "Judge the batch first.")
@@ -324,14 +386,8 @@ def before_turns(batch: Batch, values_BT: Float[Tensor, "B T"]) -> Float[Tensor,
     return values_BT[batch.row_N, batch.state_N + 1]
 
 
-def to_go(
-    cfg: Config, batch: Batch, rewards_BT: Float[Tensor, "B T"], bootstrap_B: Float[Tensor, "B"]
-) -> Float[Tensor, "B T"]:
-    """What was really earned from each sampled token on, until its row ends."""
-    nothing_BT = torch.zeros_like(rewards_BT)
-    return credit.token_gae(rewards_BT, nothing_BT, batch.mask, gamma=cfg.gamma, lam=1.0, bootstrap_B=bootstrap_B)[1]
-
-
-def mean_return(cfg: Config, batch: Batch, rewards_BT: Float[Tensor, "B T"]) -> float:
-    """Mean over sampled tokens of what was earned from there on: where the value model starts."""
-    return float(masked_mean(to_go(cfg, batch, rewards_BT, torch.zeros(len(rewards_BT))), batch.mask))
+def mean_return(cfg: Config, batch: Batch, played: Sequence[Episode], rewards_BT: Float[Tensor, "B T"]) -> float:
+    """Mean over steps of what was earned from there on: where the value model starts."""
+    nothing_BT, nothing_E = torch.zeros_like(rewards_BT), torch.zeros(len(played))
+    earned_BT = SCHEMES[cfg.credit](cfg, batch, played, rewards_BT, nothing_BT, nothing_E)[2]
+    return float(masked_mean(earned_BT, valued(cfg, batch)))

@@ -574,8 +574,8 @@ FEW = "--rows-per-step 4 --threads 1 --save-every 1"
 RUNS = [
     ("", "there is a run already, and it is never overwritten. Continue it with --resume, or choose another --out."),
     (
-        "--resume --epochs 2",
-        "epochs (1 → 2). A run keeps its settings. Set them back, or start a new run with another --out.",
+        "--resume --seed 1",
+        "seed (0 → 1). A run keeps its settings. Set them back, or start a new run with another --out.",
     ),
     ("--resume --optim.lr 0.5", "optim.lr (0.001 → 0.5). A run keeps …"),
     ("--resume --data.limit 2", "data.limit (0 → 2). A run keeps …"),
