@@ -102,8 +102,8 @@ def _check_tellable(episode: Episode, turn: Turn) -> None:
     chain = turn.parent == (turn.index - 1 if turn.index else None)
     if not chain or turn.role != episode.turns[0].role:
         raise DataError(
-            f"task '{episode.task}': several roles or branches do not make a row of decisions. Record episodes in which "
-            "one role answers an environment."
+            f"task '{episode.task}': several roles or branches do not make a row of decisions. Record episodes in "
+            "which one role answers an environment."
         )
 
 
@@ -224,9 +224,10 @@ def _transitions(decisions: Sequence[Decision], renderer: Renderer, gamma: float
     episode.ending = "terminated" if last.terminated else "truncated"
     episode.final = None if last.next is None else _ids(last.next, renderer, last.where)
     found = transitions(episode, "actor", gamma=gamma, n_step=n_step)
-    if any(decision.mc_return is None for decision in decisions):
+    given = [decision.mc_return for decision in decisions if decision.mc_return is not None]
+    if len(given) < len(found):
         return found
-    return [replace(one, mc_return=row.mc_return) for one, row in zip(found, decisions, strict=True)]
+    return [replace(one, mc_return=value) for one, value in zip(found, given, strict=True)]
 
 
 def _ids(messages: Sequence[Message], renderer: Renderer, where: str) -> list[int]:

@@ -32,13 +32,14 @@ class TextEncoder(nn.Module):
     def __init__(self, encoder: nn.Module, tokenizer: Any, reads: Any) -> None:
         super().__init__()
         self.encoder = encoder
-        self.config: Any = encoder.config
+        self.config = encoder.config
+        config: Any = encoder.config
         self.tokenizer, self.reads = tokenizer, reads
         self.tokenizer.truncation_side = "left"
-        self.width = int(self.config.hidden_size)
-        places = getattr(self.config, "max_position_embeddings", None) or LONGEST
-        if "roberta" in self.config.model_type:
-            places -= self.config.pad_token_id + 1  # its positions begin behind that of the padding
+        self.width = int(config.hidden_size)
+        places = getattr(config, "max_position_embeddings", None) or LONGEST
+        if "roberta" in config.model_type:
+            places -= config.pad_token_id + 1  # its positions begin behind that of the padding
         self.longest = min(LONGEST, places, self.tokenizer.model_max_length)
 
     @classmethod
@@ -84,7 +85,8 @@ class TextEncoder(nn.Module):
 
     def describe(self, folder: Path) -> None:
         """Everything but the weights: the encoder's configuration and its tokenizer."""
-        self.config.save_pretrained(folder)
+        config: Any = self.config
+        config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def forward(self, texts: Sequence[str]) -> Float[Tensor, "N H"]:
@@ -96,9 +98,10 @@ class TextEncoder(nn.Module):
         inputs = {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
         hidden = self.encoder(**inputs).last_hidden_state.float()
         inside = rows["attention_mask"][..., None].to(hidden.dtype)
-        return (hidden * inside).sum(1) / inside.sum(1).clamp(min=1)
+        vectors: Tensor = (hidden * inside).sum(1) / inside.sum(1).clamp(min=1)
+        return vectors
 
-    def read(self, tokens: Tensor, q_at: Spans, v_at: Places) -> tuple[Float[Tensor, "Q 2H"], Float[Tensor, "V H"]]:
+    def read(self, tokens: Tensor, q_at: Spans, v_at: Places) -> tuple[Float[Tensor, "Q SA"], Float[Tensor, "V S"]]:
         """State and action of every utterance side by side, and every state. Texts that come twice are read once."""
         rows = tokens.tolist()
         answered = self._states(rows, q_at)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from echelon.models.encoder import TextEncoder
 from echelon.models.lm import attention_inputs, backbone, check_masks, hidden_states
-from echelon.ops.scales import Scale
+from echelon.ops.scales import LINEAR, Scale
 
 if TYPE_CHECKING:
     from echelon.data.packing import Batch
@@ -119,7 +119,7 @@ class UtteranceCritic(nn.Module):
     beginning: V(s) reads the state's vector, Q(s, a) both. `scale` says how outputs of the heads mean values.
     """
 
-    def __init__(self, body: nn.Module, width: int, *, shared_body: bool = False, scale: Scale = Scale()) -> None:
+    def __init__(self, body: nn.Module, width: int, *, shared_body: bool = False, scale: Scale = LINEAR) -> None:
         super().__init__()
         self.shared_body = shared_body
         self._borrowed = (body,) if shared_body else ()  # in a tuple, so that it is not registered as a submodule
@@ -131,7 +131,7 @@ class UtteranceCritic(nn.Module):
         self.v = nn.ModuleList([_mlp(width, width) for _ in range(2)])
 
     @classmethod
-    def from_lm(cls, lm: nn.Module, *, shared_body: bool = False, scale: Scale = Scale()) -> UtteranceCritic:
+    def from_lm(cls, lm: nn.Module, *, shared_body: bool = False, scale: Scale = LINEAR) -> UtteranceCritic:
         """A critic whose body starts as a copy of the language model's, or is the language model's.
 
         Raises DataError for a model that cannot judge several actions that branch off one row.
@@ -142,7 +142,7 @@ class UtteranceCritic(nn.Module):
         return critic.to(next(body.parameters()).device)
 
     @classmethod
-    def from_encoder(cls, encoder: TextEncoder, *, scale: Scale = Scale()) -> UtteranceCritic:
+    def from_encoder(cls, encoder: TextEncoder, *, scale: Scale = LINEAR) -> UtteranceCritic:
         """A critic that reads texts with an encoder."""
         return cls(encoder, encoder.width, scale=scale).to(next(encoder.parameters()).device)
 
@@ -172,8 +172,8 @@ class UtteranceCritic(nn.Module):
 
     def _read(
         self, tokens: Tensor, q_at: Spans, v_at: Places, lengths: Tensor | None, attention: dict[str, Any]
-    ) -> tuple[Float[Tensor, "Q 2H"], Float[Tensor, "V H"]]:
-        """What Q and V are read from; the heads are float32 whatever the body is."""
+    ) -> tuple[Tensor, Tensor]:
+        """What Q and V are read from, a row for each; the heads are float32 whatever the body is."""
         if not self.shared_body and isinstance(self.body, TextEncoder):
             return self.body.read(tokens, q_at, v_at)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.shared_body):

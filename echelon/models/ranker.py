@@ -33,7 +33,7 @@ class Ranker(nn.Module):
         self.shares_prompts = shares
         """Whether the candidates of a state may branch off one row."""
         self.register_buffer("bounded", torch.tensor(bounded))
-        nn.init.normal_(self.head.weight, std=1e-2)  # small but not zero: a zero layer would send no gradient below it
+        nn.init.normal_(self.head.weight, std=5e-2)  # small but not zero: a zero layer would send no gradient below it
         nn.init.zeros_(self.head.bias)
 
     @classmethod

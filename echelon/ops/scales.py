@@ -53,3 +53,6 @@ class Scale:
             part = min(max((value - self.low) / (self.high - self.low), EDGE), 1 - EDGE)
             return math.log(part / (1 - part))
         return value
+
+
+LINEAR = Scale()

@@ -6,8 +6,8 @@ replay, Q(s, a) regresses on r + γ·V̄(s') and V(s) on Q̄(s, a′) with a′ 
 are target networks. The low level writes tokens and is rewarded, once per utterance, with min Q − min V.
 
 Deviations from the paper, each a setting or told in docs/algorithms/archer.md: the critic is a causal model that reads
-a whole episode in one pass (or an encoder, as in the paper); episodes are replayed whole; the policy loss is a mean over
-tokens, and may be PPO's; V may be learned at some states of an episode only; KL to the start is possible. Implicit
+a whole episode in one pass (or an encoder, as in the paper); episodes are replayed whole; the policy loss is a mean
+over tokens, and may be PPO's; V may be learned at some states of an episode only; KL to the start is possible. Implicit
 Q-learning, learning from a file of transitions, filtered cloning and CHAI are settings: the loop is the same.
 """
 
@@ -143,7 +143,7 @@ class Config(RunConfig):
     actor_top: float = 1.0
     """Only this fraction of the replayed episodes, those with the highest returns, is imitated (filtered cloning)."""
     credit: Literal["advantage", "q", "none"] = "advantage"
-    """What an utterance is credited with: min Q - min V, or min Q alone, or nothing, which with awr is plain cloning."""
+    """What an utterance is credited with: min Q - min V, or min Q alone, or nothing: with awr, plain cloning."""
     advantages: Literal["raw", "centred", "whitened"] = "centred"
     """That credit as it is, or less its mean over the actor's batch, or also with deviation 1."""
     token_baseline: bool = False
@@ -244,6 +244,7 @@ def main(cfg: Config) -> None:
                 judged, columns = judgement(cfg, levels, batch, turns, mc_returns(found))
                 if step >= cfg.warmup_steps and not cfg.freeze_actor:
                     metrics |= update_actor(cfg, step, levels, batch)
+                levels.publish()
 
                 played = rollout_metrics(episodes) if episodes else {}
                 if cfg.offline and cfg.env and step + 1 == cfg.steps:
@@ -414,6 +415,8 @@ def update_actor(cfg: Config, step: int, levels: Levels, played: Batch) -> dict[
     """The low level: every token of an utterance gets what that utterance is credited with."""
     logged = []
     for number in range(cfg.actor_updates):
+        if number:
+            levels.publish()
         again = (number,) if number else ()
         batch = actor_batch(cfg, levels, played, seed=derive_seed(cfg.seed, "actor", step, *again))
         credits_N = credit(cfg, levels.online, batch)
@@ -425,7 +428,6 @@ def update_actor(cfg: Config, step: int, levels: Levels, played: Batch) -> dict[
         batch.advantages = batch.spread(credits_N)
         seed = derive_seed(cfg.seed, "minibatches", step, *again)
         logged.append({**learn(cfg, levels, batch, seed=seed), "policy/advantage_std": spread})
-        levels.publish()
     return average(logged)
 
 
@@ -474,8 +476,15 @@ def learn(cfg: Config, levels: Levels, batch: Batch, *, seed: int) -> dict[str, 
         ptx=imitated,
     )
     if levels.baseline is not None:
-        times = {"epochs": cfg.policy.epochs, "minibatches": cfg.policy.minibatches}
-        steps = passes(levels.baseline, batch, baseline_loss, **times, tokens_per_pass=cfg.tokens_per_pass, seed=seed)
+        steps = passes(
+            levels.baseline,
+            batch,
+            baseline_loss,
+            epochs=cfg.policy.epochs,
+            minibatches=cfg.policy.minibatches,
+            tokens_per_pass=cfg.tokens_per_pass,
+            seed=seed,
+        )
         logged |= {f"baseline/{name}": value for name, value in average(steps).items()}
     return logged
 
@@ -483,7 +492,7 @@ def learn(cfg: Config, levels: Levels, batch: Batch, *, seed: int) -> dict[str, 
 def judgement(
     cfg: Config, levels: Levels, batch: Batch, turns: Sequence[Turn], returns_N: Tensor
 ) -> tuple[dict[str, float], dict[str, list[tuple[Turn, float]]]]:
-    """What the critic says of a step's utterances: how well it explains their returns, and columns of episodes.jsonl."""
+    """What the critic says of a step's utterances: how well it explains returns, and columns of episodes.jsonl."""
     if not cfg.critic_updates:
         return {}, {}
     q_2N, v_2N = judge(levels.online, batch, cfg.tokens_per_pass)
