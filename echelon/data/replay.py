@@ -15,9 +15,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
 from echelon.errors import ConfigError, DataError
+from echelon.text.chat import Example
 from echelon.types import Episode, Turn
 
 
@@ -95,6 +99,16 @@ def transitions(episode: Episode, role: str, *, gamma: float, n_step: int = 1) -
                 )
             )
     return found
+
+
+def examples(found: Iterable[Sequence[Transition]]) -> list[Example]:
+    """What was seen and said in the transitions of episodes, without what was thought of it then (log-probs)."""
+    return [Example(transition.state, transition.action) for episode in found for transition in episode]
+
+
+def mc_returns(found: Iterable[Sequence[Transition]]) -> Float[Tensor, "N"]:
+    """Discounted return to go of every transition of episodes, in order."""
+    return torch.tensor([transition.mc_return for episode in found for transition in episode])
 
 
 def _children(episode: Episode) -> list[list[Turn]]:

@@ -122,7 +122,8 @@ class UtteranceCritic(nn.Module):
     def __init__(self, body: nn.Module, width: int, *, shared_body: bool = False, scale: Scale = LINEAR) -> None:
         super().__init__()
         self.shared_body = shared_body
-        self._borrowed = (body,) if shared_body else ()  # in a tuple, so that it is not registered as a submodule
+        # In a tuple, so that it is not registered as a submodule.
+        self._borrowed: tuple[nn.Module, ...] = (body,) if shared_body else ()
         if not shared_body:
             self.body = body
         self.config = body.config

@@ -16,8 +16,8 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -39,22 +39,20 @@ from echelon.config import (
 )
 from echelon.data.packing import Batch, CriticBatch, Said, pack, pack_branches, pack_transitions
 from echelon.data.recorded import read_transitions
-from echelon.data.replay import Replay, Transition, transitions
+from echelon.data.replay import Replay, Transition, examples, mc_returns, transitions
 from echelon.envs import EnvSpec
-from echelon.errors import DataError
-from echelon.models.encoder import TextEncoder
 from echelon.models.heads import TokenValue, UtteranceCritic, values_before
-from echelon.models.lm import check_masks, load_tokenizer, token_logprobs
+from echelon.models.lm import check_masks, token_logprobs
 from echelon.ops import bellman
 from echelon.ops.masked import explained_variance, masked_whiten
 from echelon.ops.scales import Scale
+from echelon.rollout.critics import new_critic
 from echelon.rollout.evaluate import rollout_metrics, summarise
 from echelon.rollout.plays import env_loop
 from echelon.rollout.roles import Role, answer_all, collect
-from echelon.rollout.setup import Actor, describe, model_path, open_actor, open_env, set_threads, task_batch
+from echelon.rollout.setup import Actor, describe, open_actor, open_env, set_threads, task_batch
 from echelon.sampling.best_of import BestOf, critic_score
 from echelon.seeds import derive_seed
-from echelon.text.chat import Example
 from echelon.train.checkpoint import Checkpoints, Saveable
 from echelon.train.critic import baseline_loss, bootstrap_, critic_loss, judge
 from echelon.train.learner import Learner, Weights, average
@@ -300,25 +298,9 @@ def open_levels(cfg: Config, actor: Actor) -> Levels:
 
 
 def open_critic(cfg: Config, actor: Actor) -> UtteranceCritic:
-    """A new critic, its heads drawn from the run's seed. Raises DataError for a decoder that reads other tokens."""
-    base, scale = actor.module, Scale(cfg.value_scale, *cfg.value_range)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(cfg.seed, "critic"))
-        if cfg.critic_body == "encoder":
-            trust = cfg.model.trust_remote_code
-            encoder = TextEncoder.load(cfg.critic_path, actor.tokenizer, dtype=cfg.model.dtype, trust_remote_code=trust)
-            return UtteranceCritic.from_encoder(encoder.to(next(base.parameters()).device), scale=scale)
-    if cfg.critic_path:
-        if load_tokenizer(model_path(cfg.critic_path)).get_vocab() != actor.tokenizer.get_vocab():
-            raise DataError(
-                f"critic_path = {cfg.critic_path}: its tokenizer is not the actor's, so it would misread the actor's "
-                "tokens. Use a model with the same tokenizer, or leave critic_path empty."
-            )
-        model = replace(cfg.model, path=cfg.critic_path)
-        base = open_actor(model, cfg.sampling, lora=cfg.lora).module
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(cfg.seed, "critic"))
-        return UtteranceCritic.from_lm(base, shared_body=cfg.critic_body == "actor", scale=scale)
+    """A new critic beside the actor."""
+    body, path, scale = cfg.critic_body, cfg.critic_path, Scale(cfg.value_scale, *cfg.value_range)
+    return new_critic(actor, cfg.model, cfg.sampling, body=body, path=path, lora=cfg.lora, scale=scale, seed=cfg.seed)
 
 
 def player(cfg: Config, env: EnvSpec | None, levels: Levels) -> Callable[[int], list[Episode]]:
@@ -500,13 +482,3 @@ def judgement(
     metrics = {"critic/explained_variance": float(explained_variance(v_2N.mean(0), returns_N, everywhere))}
     found = {"value": v_2N.amin(0), "advantage": q_2N.amin(0) - v_2N.amin(0)} if turns else {}
     return metrics, {name: list(zip(turns, x_N.tolist(), strict=True)) for name, x_N in found.items()}
-
-
-def examples(found: Sequence[Sequence[Transition]]) -> list[Example]:
-    """What was seen and said in transitions, whoever said it."""
-    return [Example(transition.state, transition.action) for episode in found for transition in episode]
-
-
-def mc_returns(found: Iterable[Sequence[Transition]]) -> Tensor:
-    """Discounted return to go of every turn, in order."""
-    return torch.tensor([transition.mc_return for episode in found for transition in episode])

@@ -18,19 +18,18 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 
 from echelon.config import ModelConfig, SamplingConfig, TaskConfig, demand, require
+from echelon.data.recorded import transition_rows
 from echelon.envs.players import make_player
 from echelon.errors import CheckpointError
-from echelon.models.heads import UtteranceCritic
+from echelon.rollout.critics import saved_critic
 from echelon.rollout.evaluate import Estimate, bootstrap, scripted_loop, summarise
 from echelon.rollout.plays import env_loop
 from echelon.rollout.rewards import open_rewards, open_tasks
 from echelon.rollout.roles import collect
 from echelon.rollout.setup import Actor, describe, model_path, open_actor, set_threads
 from echelon.sampling.best_of import BestOf, critic_score
-from echelon.train.learner import load_module
 from echelon.train.log import episode_rows
 from echelon.types import Episode, SamplingParams
 
@@ -67,6 +66,8 @@ class Config(TaskConfig):
     """An utterance ends as soon as its text contains one of these."""
     candidates: int = 1
     """The critic of an ArCHer run picks every utterance among this many; 1 lets the model say what it draws."""
+    transitions: str = ""
+    """File to record every decision in, for `archer --offline`: one row per turn; one that is there is replaced."""
     overwrite: bool = False
     """Replace the evaluation that is in the directory."""
 
@@ -109,6 +110,8 @@ def main(cfg: Config) -> None:
     Console().print(table(cfg, found))
     decode = None if actor is None else {actor.role.name: actor.role.renderer.decode}
     write(out, cfg, found, episode_rows(episodes, decode=decode))
+    if cfg.transitions:
+        record(Path(cfg.transitions), transition_rows(episodes))
 
 
 def open_player(cfg: Config) -> Actor:
@@ -122,24 +125,9 @@ def open_player(cfg: Config) -> Actor:
     )
     actor = open_actor(cfg.model, SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens), params=params)
     if cfg.candidates > 1:
-        critic = open_critic(Path(model_path(cfg.model.path)).parent / "critic", actor)
+        critic = saved_critic(Path(model_path(cfg.model.path)).parent / "critic", actor)
         actor.role.sampler = BestOf(actor.sampler, critic_score(critic), cfg.candidates)
     return actor
-
-
-def open_critic(folder: Path, actor: Actor) -> UtteranceCritic:
-    """The critic that was learned beside the actor. Raises CheckpointError when there is none."""
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder}: there is no critic, so nobody can pick among candidates. Name a run of archer, or leave "
-            "candidates at 1."
-        )
-    with safe_open(file, framework="pt") as saved:
-        shared = not any(name.startswith("body.") for name in saved.keys())  # noqa: SIM118 (not a mapping)
-    critic = UtteranceCritic.from_lm(actor.module, shared_body=shared)
-    load_module(critic, folder)
-    return critic
 
 
 def estimates(episodes: Sequence[Episode], *, tokens: bool) -> dict[str, Estimate]:
@@ -154,7 +142,13 @@ def estimates(episodes: Sequence[Episode], *, tokens: bool) -> dict[str, Estimat
 def table(cfg: Config, found: Mapping[str, Estimate]) -> Table:
     """Means and intervals, for a person."""
     who = cfg.model.path if cfg.player == "model" else f"{cfg.player} player"
-    lines = Table("", "mean", "95 % interval", "episodes", title=f"{who} in {cfg.env or ', '.join(cfg.data.path)}, {cfg.split} split")
+    lines = Table(
+        "",
+        "mean",
+        "95 % interval",
+        "episodes",
+        title=f"{who} in {cfg.env or ', '.join(cfg.data.path)}, {cfg.split} split",
+    )
     for name, estimate in found.items():
         interval = f"{estimate.low:.3f} to {estimate.high:.3f}"
         lines.add_row(name, f"{estimate.mean:.3f}", interval, str(estimate.n))
@@ -182,9 +176,23 @@ def write(out: Path, cfg: Config, found: Mapping[str, Estimate], rows: Iterable[
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "summary.json").unlink(missing_ok=True)
-        with (out / "episodes.jsonl").open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        write_rows(out / "episodes.jsonl", rows)
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error
+
+
+def record(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the transitions of the episodes. Raises CheckpointError where they cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, rows)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror}). Choose another --transitions.") from error
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A JSONL file."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -6,6 +6,8 @@ What every recipe shares whose policy writes tokens. It refuses to know where th
 from __future__ import annotations
 
 import copy
+import math
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -138,8 +140,7 @@ def update_policy(
     taught = batch if choose is None else choose(batch)
     first, exact = policy.version, next(policy.module.parameters()).dtype == torch.float32
     quiet = mismatch_without_dropout(policy, taught, temperature, tokens_per_pass) if drops(policy.module) else None
-    if quiet is not None and exact:
-        check_mismatch(quiet, settings.max_mismatch)
+    check_mismatch(quiet or 0.0, settings.max_mismatch if exact else math.inf)
 
     def loss_fn(module: nn.Module, part: Batch | Imitated) -> tuple[Tensor, dict[str, float]]:
         if isinstance(part, Imitated):
@@ -152,18 +153,10 @@ def update_policy(
     def beside(version: int) -> list[Imitated]:
         return [Imitated(part) for part in ptx(version).split(tokens_per_pass)] if ptx and settings.ptx_coef else []
 
-    logged = passes(
-        policy,
-        batch,
-        loss_fn,
-        epochs=settings.epochs,
-        minibatches=settings.minibatches,
-        tokens_per_pass=tokens_per_pass,
-        seed=seed,
-        choose=choose,
-        beside=beside,
-    )
+    cut = {"epochs": settings.epochs, "minibatches": settings.minibatches, "tokens_per_pass": tokens_per_pass}
+    logged = passes(policy, batch, loss_fn, **cut, seed=seed, choose=choose, beside=beside)
     numbers = average(logged)
+    numbers["ratio_var"] = statistics.pvariance(row["ratio"] for row in logged)
     numbers["first_mismatch"] = logged[0]["mismatch/max"] if quiet is None else quiet
     numbers["rows_left_out"] = float(len(batch.rows) - len(taught.rows))
     return {f"policy/{name}": value for name, value in numbers.items()}

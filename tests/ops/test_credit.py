@@ -13,6 +13,9 @@ from echelon.ops.credit import (
     gae,
     group_baseline,
     overlong_penalty,
+    same_state_baseline,
+    same_turn_baseline,
+    share_within,
     token_gae,
     turn_gae,
     turn_returns,
@@ -264,3 +267,92 @@ def test_group_baseline_is_a_loop_over_a_dict(items, scale, leave_one_out, rando
     random.shuffle(order)
     shuffled = group_baseline(x[order], [keys[i] for i in order], scale=scale, leave_one_out=leave_one_out)
     torch.testing.assert_close(shuffled, got[order], atol=1e-6, rtol=1e-6)
+
+
+TO_GO = torch.tensor([3.0, 1.0, 5.0])
+OWNER = torch.tensor([0, 0, 1])
+"""Two siblings: the first took two turns, with 3 and 1 to go, the second one, with 5."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [-1.0, 0.5, 1.0]),  # the second turn: 1 and, for the sibling that is done, 0
+        ({"leave_one_out": True}, [-2.0, 1.0, 2.0]),
+        ({"scale": "std"}, [-(0.5**0.5), 0.5**0.5, 0.5**0.5]),
+        ({"scale": "batch_std"}, [-0.5, 0.25, 0.5]),  # the deviation of 3, 1 and 5 is 2
+        ({"ended": False}, [-1.0, 0.0, 1.0]),  # nobody else got to the second turn
+    ],
+)
+def test_turns_are_compared_with_the_same_turn_of_their_siblings(settings, expected):
+    got = same_turn_baseline(TO_GO, OWNER, ["task", "task"], **settings)
+    torch.testing.assert_close(got, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_turns_of_other_groups_are_not_compared_with():
+    together = same_turn_baseline(torch.cat([TO_GO, TO_GO + 100]), torch.cat([OWNER, OWNER + 2]), ["a", "a", "b", "b"])
+    assert together.tolist() == [-1.0, 0.5, 1.0, -1.0, 50.5, 1.0]
+    assert same_turn_baseline(TO_GO, OWNER, ["a", "b"]).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_turns_are_compared_with_what_siblings_did_in_the_same_state():
+    """Two were in a, one of them in b later, where nobody else was; the third began in c."""
+    returns, owner, states = torch.tensor([3.0, 1.0, 5.0, 9.0]), torch.tensor([0, 0, 1, 2]), ["a", "b", "a", "c"]
+    assert same_state_baseline(returns, owner, ["t"] * 3, states).tolist() == [-1.0, 0.0, 1.0, 0.0]
+    assert same_state_baseline(returns, owner, ["t"] * 3, states, leave_one_out=True).tolist() == [-2.0, 0.0, 2.0, 0.0]
+    assert same_state_baseline(returns, owner, ["t", "u", "t"], states).tolist() == [0.0] * 4
+
+
+@st.composite
+def sibling_turns(draw):
+    """Episodes as (key, [(return, state), …])."""
+    turns = st.lists(st.tuples(numbers, st.integers(0, 2)), min_size=1, max_size=4)
+    return draw(st.lists(st.tuples(st.sampled_from("ab"), turns), min_size=1, max_size=6))
+
+
+@given(sibling_turns(), st.sampled_from(["none", "std"]), st.booleans(), st.booleans())
+def test_same_turn_baseline_is_a_loop_over_siblings(episodes, scale, leave_one_out, ended):
+    expected = []
+    for i, (key, turns) in enumerate(episodes):
+        for t, (own, _) in enumerate(turns):
+            found = []
+            for j, (other_key, other) in enumerate(episodes):
+                if other_key == key and (len(other) > t or ended):
+                    found.append((j, other[t][0] if len(other) > t else 0.0))
+            expected.append(less_its_group(own, i, found, scale, leave_one_out))
+    got = same_turn_baseline(*flat(episodes), ended=ended, scale=scale, leave_one_out=leave_one_out)
+    assert got.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@given(sibling_turns(), st.sampled_from(["none", "std"]), st.booleans())
+def test_same_state_baseline_is_a_loop_over_all_turns_of_siblings(episodes, scale, leave_one_out):
+    every = [(key, state, value) for key, turns in episodes for value, state in turns]
+    expected = []
+    for i, (key, state, own) in enumerate(every):
+        found = [(j, other[2]) for j, other in enumerate(every) if other[:2] == (key, state)]
+        expected.append(less_its_group(own, i, found, scale, leave_one_out))
+    states = [state for _, turns in episodes for _, state in turns]
+    got = same_state_baseline(*flat(episodes), states, scale=scale, leave_one_out=leave_one_out)
+    assert got.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def less_its_group(own, number, found, scale, leave_one_out):
+    """Of (number, value) pairs that include its own; one alone gets 0."""
+    if len(found) == 1:
+        return 0.0
+    mean = statistics.fmean(value for j, value in found if not leave_one_out or j != number)
+    return (own - mean) / (statistics.stdev(value for _, value in found) + 1e-6 if scale == "std" else 1.0)
+
+
+def flat(episodes):
+    returns = torch.tensor([value for _, turns in episodes for value, _ in turns], dtype=torch.float64)
+    owner = torch.tensor([i for i, (_, turns) in enumerate(episodes) for _ in turns])
+    return returns, owner, [key for key, _ in episodes]
+
+
+def test_which_part_of_the_variation_is_within_episodes():
+    owner = torch.tensor([0, 0, 1, 1])
+    assert share_within(torch.tensor([1.0, 1.0, -1.0, -1.0]), owner) == 0
+    assert share_within(torch.tensor([1.0, -1.0, 1.0, -1.0]), owner) == 1
+    assert share_within(torch.tensor([3.0, 1.0, -1.0, -3.0]), owner) == pytest.approx(0.2)  # 4 of 20
+    assert share_within(torch.full((4,), 0.1), owner) == 0

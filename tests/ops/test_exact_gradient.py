@@ -6,7 +6,8 @@ No sampling and no tolerance for noise: unbiased means equal to 1e-8.
 
 Equal to the exact gradient: returns-to-go, with or without a baseline from the true values; `turn_gae` and `token_gae`
 with true values, for any λ; the whole return minus the leave-one-out mean of its siblings; return-to-go minus the
-leave-one-out mean of other answers to the *same* state, when each state is answered G times.
+leave-one-out mean of what all siblings had to go at the same turn, 0 for those whose episode was over; return-to-go
+minus the leave-one-out mean of other answers to the *same* state, when each state is answered G times.
 
 Scaled: the plain group mean contains the sample itself, which costs the factor (G−1)/G everywhere.
 
@@ -21,19 +22,33 @@ Biased, when the policy decides when an episode ends:
   makes the baseline independent of its action, so no term is added, but a sample without company gets 0. The part of
   turn t is weighted by q_t = 1 − (1−ρ_t)^(G−1), the chance that some sibling got there too; with the plain mean, by
   E[M/(M+1)] = 1 − (1 − (1−ρ_t)^G)/(G·ρ_t), M the number of siblings that did. Late turns learn more slowly, by a
-  factor that the policy itself moves.
+  factor that the policy itself moves. GiGPO adds such a comparison per state to that of episodes: a state then counts
+  1 + ω·q_s.
+
+How noisy they are is exact here too. docs/credit.md shows direction and noise of every scheme, and the last test
+computes that table.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from echelon.ops import losses
-from echelon.ops.credit import group_baseline, token_gae, turn_gae, turn_returns
+from echelon.ops.credit import (
+    group_baseline,
+    same_state_baseline,
+    same_turn_baseline,
+    token_gae,
+    turn_gae,
+    turn_returns,
+)
+from tests.test_docs import columns, prose
 
 Game = dict[str, list[tuple[float, str | None]]]
 """For each state, what each action pays and where it leads; None ends the episode."""
@@ -47,6 +62,13 @@ THREE_TURNS: Game = {
 TURN_OF = {"start": 0, "left": 1, "right": 1, "end": 2}
 
 STOP_OR_GO: Game = {"start": [(0.0, None), (0.0, "end")], "end": [(1.0, None)]}
+
+THREE_DOORS: Game = {
+    "start": [(0.0, "left"), (1.0, "left")],
+    "left": [(0.0, "end"), (1.0, "end")],
+    "end": [(0.0, None), (1.0, None)],
+}
+"""One key of two fits each door, and the next door follows whether it opens or not."""
 
 
 @dataclass(frozen=True)
@@ -361,3 +383,147 @@ def test_coincidental_groups_weigh_each_turn_by_its_chance_of_company(policy, ex
     factor = {state: company(rho, siblings, leave_one_out) for state, rho in chance.items()}
     assert factor["end"] < factor["start"] - 0.05
     assert_gradients(expected_gradient(THREE_TURNS, policy, credit, siblings), exact, factor)
+
+
+def same_turn(*, ended: bool = True, leave_one_out: bool = True, scale: str = "none", gamma: float = 1.0) -> Credit:
+    def credit(group):
+        returns = turn_returns(rewards_N(group), episode_N(group), gamma=gamma)
+        how = {"ended": ended, "scale": scale, "leave_one_out": leave_one_out}
+        return same_turn_baseline(returns, episode_N(group), ["task"] * len(group), **how)
+
+    return credit
+
+
+def gigpo(*, weight: float = 1.0, leave_one_out: bool = True, scale: str = "none") -> Credit:
+    def credit(group):
+        how = {"scale": scale, "leave_one_out": leave_one_out}
+        siblings, states = ["task"] * len(group), flat(group, "states")
+        totals = torch.tensor([sum(play.rewards) for play in group], dtype=torch.float64)
+        episodes = group_baseline(totals, siblings, **how)[episode_N(group)]
+        return episodes + weight * same_state_baseline(to_go(group), episode_N(group), siblings, states, **how)
+
+    return credit
+
+
+@pytest.mark.parametrize("siblings", [2, 3])
+def test_the_same_turn_of_all_siblings_is_an_unbiased_baseline(policy, exact, siblings):
+    """Who has finished has nothing to go, and says so: what is subtracted does not depend on one's own length."""
+    assert_gradients(expected_gradient(THREE_TURNS, policy, same_turn(), siblings), exact)
+    got = expected_gradient(THREE_TURNS, policy, same_turn(leave_one_out=False), siblings)
+    assert_gradients(got, exact, factor=(siblings - 1) / siblings)
+
+
+@pytest.mark.parametrize("siblings", [2, 3])
+def test_the_same_turn_of_all_siblings_learns_to_go_on(siblings):
+    """Where rewards centred per turn index expect 0 (above)."""
+    p = 0.25
+    policy = {
+        "start": torch.tensor([0.75, p], dtype=torch.float64).log().requires_grad_(),
+        "end": torch.zeros(1, dtype=torch.float64, requires_grad=True),
+    }
+    got = expected_gradient(STOP_OR_GO, policy, same_turn(), siblings)["start"]
+    torch.testing.assert_close(got, torch.tensor([-0.1875, 0.1875], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_only_siblings_that_got_that_far_weigh_late_turns_less(policy, exact, leave_one_out):
+    got = expected_gradient(THREE_TURNS, policy, same_turn(ended=False, leave_one_out=leave_one_out), 3)
+    by_turn = turn_probabilities(policy)
+    factor = {state: company(by_turn[TURN_OF[state]], 3, leave_one_out) for state in THREE_TURNS}
+    assert_gradients(got, exact, factor)
+
+
+def test_with_a_discount_the_baseline_still_adds_nothing(policy):
+    """What is expected is what discounted returns-to-go without a baseline give; that is another objective."""
+    alone = expected_gradient(
+        THREE_TURNS, policy, lambda group: turn_returns(rewards_N(group), episode_N(group), gamma=0.5)
+    )
+    assert_gradients(expected_gradient(THREE_TURNS, policy, same_turn(gamma=0.5), 3), alone)
+    assert (alone["start"] - exact_gradient(THREE_TURNS, policy)["start"]).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_gigpo_weighs_a_state_by_its_chance_of_company(policy, exact, weight):
+    """Never in another direction within a state: one plus ω times the chance that a sibling came there too."""
+    got = expected_gradient(THREE_TURNS, policy, gigpo(weight=weight), 3)
+    factor = {s: 1 + weight * company(rho, 3, True) for s, rho in visit_probabilities(policy).items()}
+    assert_gradients(got, exact, factor)
+    assert factor["start"] == 1 + weight > factor["end"] + 0.05
+
+
+def with_true_values(lam: float, game: Game) -> Credit:
+    value = values(game, uniform(game))
+
+    def credit(group):
+        values_N = torch.tensor([value[state] for state in flat(group, "states")], dtype=torch.float64)
+        ended = torch.zeros_like(values_N)
+        return turn_gae(rewards_N(group), values_N, episode_N(group), ended, gamma=1.0, lam=lam)[0]
+
+    return credit
+
+
+def uniform(game: Game) -> Policy:
+    return {
+        state: torch.zeros(len(options), dtype=torch.float64, requires_grad=True) for state, options in game.items()
+    }
+
+
+def direction_and_noise(game: Game, credit: Credit, siblings: int) -> tuple[float, float]:
+    """The cosine of the expected gradient with the exact one, and the variance of the estimate over its squared length."""
+    policy = uniform(game)
+    exact = torch.cat(list(exact_gradient(game, policy).values()))
+
+    @cache
+    def scores(play: Play) -> Tensor:
+        """The gradient of the log-probability of each turn's action."""
+        grads = [gradient(logprob, policy) for logprob in logprobs_of(play, policy)]
+        return torch.stack(
+            [torch.cat([torch.zeros_like(policy[s]) if g is None else g for s, g in by.items()]) for by in grads]
+        )
+
+    mean, square = torch.zeros_like(exact), 0.0
+    for group in itertools.product(plays(game), repeat=siblings):
+        weight = torch.stack([probability(play, policy) for play in group]).prod().item()
+        estimate = credit(group) @ torch.cat([scores(play) for play in group]) / siblings
+        mean, square = mean + weight * estimate, square + weight * (estimate @ estimate).item()
+    length = (mean @ mean).item()
+    return (mean @ exact).item() / (length * (exact @ exact).item()) ** 0.5, abs(square / length - 1)
+
+
+def whole_returns(group: Sequence[Play]) -> Tensor:
+    return torch.tensor([sum(play.rewards) for play in group], dtype=torch.float64)[episode_N(group)]
+
+
+def grpo(group: Sequence[Play]) -> Tensor:
+    totals = torch.tensor([sum(play.rewards) for play in group], dtype=torch.float64)
+    return group_baseline(totals, ["task"] * len(group), scale="std")[episode_N(group)]
+
+
+SCHEMES: dict[str, Callable[[Game], Credit]] = {
+    "no baseline": lambda game: whole_returns,
+    "episode": lambda game: by_task(leave_one_out=True),
+    "episode, std": lambda game: grpo,
+    "turn": lambda game: same_turn(),
+    "turn, std": lambda game: same_turn(leave_one_out=False, scale="std"),
+    "turn, reached": lambda game: same_turn(ended=False),
+    "state": lambda game: gigpo(),
+    "state, std": lambda game: gigpo(leave_one_out=False, scale="std"),
+    "GAE over turns, λ = 1": partial(with_true_values, 1.0),
+    "GAE over turns, λ = 0": partial(with_true_values, 0.0),
+    "centred per turn index": lambda game: rewards_centred_per_turn_index(leave_one_out=True),
+}
+PAGE = Path(__file__).parents[2] / "docs" / "credit.md"
+SHOWN = [row for row, _ in columns(prose(PAGE), "scheme, G = 3")]
+
+
+@pytest.mark.parametrize("row", SHOWN, ids=[row["scheme, G = 3"] for row in SHOWN])
+def test_the_page_on_credit_shows_direction_and_noise_of_every_scheme(row):
+    scheme = SCHEMES[row["scheme, G = 3"]]
+    for name, game in (("three turns", THREE_TURNS), ("three doors", THREE_DOORS)):
+        direction, noise = direction_and_noise(game, scheme(game), 3)
+        assert f"{direction:.3f}" == row[f"direction, {name}"]
+        assert f"{noise:.2f}" == row[f"noise, {name}"]
+
+
+def test_the_page_on_credit_shows_every_scheme():
+    assert [row["scheme, G = 3"] for row in SHOWN] == list(SCHEMES)
