@@ -4,6 +4,8 @@ A model plays, or one of the environment's scripted players. The tasks come in o
 are more episodes than tasks, and every episode draws from a seed of its own: the same command gives the same numbers.
 Unlike in training the distribution may be cut (top_k, top_p) or reduced to its mode (greedy). The directory `out` gets
 episodes.jsonl, every turn of it, and summary.json; those of an earlier evaluation are replaced only with --overwrite.
+Where a ranker or a critic picked among candidates, evaluation.json has all of them, with what each was thought to be
+worth, which was taken, and what the episode scored.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ from echelon.config import ModelConfig, SamplingConfig, TaskConfig, demand, requ
 from echelon.data.recorded import transition_rows
 from echelon.envs.players import make_player
 from echelon.errors import CheckpointError
+from echelon.rollout.candidates import evaluation_record, run_settings, saved_ranker
 from echelon.rollout.critics import saved_critic
 from echelon.rollout.evaluate import Estimate, bootstrap, scripted_loop, summarise
 from echelon.rollout.plays import env_loop
 from echelon.rollout.rewards import open_rewards, open_tasks
 from echelon.rollout.roles import collect
 from echelon.rollout.setup import Actor, describe, model_path, open_actor, set_threads
-from echelon.sampling.best_of import BestOf, critic_score
+from echelon.sampling.best_of import critic_score
+from echelon.sampling.candidates import Chooser, ranker_score
 from echelon.train.log import episode_rows
 from echelon.types import Episode, SamplingParams
 
@@ -64,8 +68,9 @@ class Config(TaskConfig):
     """Longest prompt, in tokens."""
     stop: tuple[str, ...] = ()
     """An utterance ends as soon as its text contains one of these."""
-    candidates: int = 1
-    """The critic of an ArCHer run picks every utterance among this many; 1 lets the model say what it draws."""
+    candidates: int = 0
+    """The ranker of a rank run, or the critic of an ArCHer run, picks every utterance among this many; 1 lets the model
+    say what it draws. 0 takes as many as a rank run was trained with, and 1 elsewhere."""
     transitions: str = ""
     """File to record every decision in, for `archer --offline`: one row per turn; one that is there is replaced."""
     overwrite: bool = False
@@ -76,8 +81,9 @@ class Config(TaskConfig):
         require(self, *(["model.path"] if self.player == "model" else []))
         because = "prompts have no scripted players. Leave player at model."
         demand(self, "player", self.player == "model" or bool(self.env), because)
-        for name in ("episodes", "max_turns", "max_tokens", "max_prompt_tokens", "candidates"):
+        for name in ("episodes", "max_turns", "max_tokens", "max_prompt_tokens"):
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
+        demand(self, "candidates", self.candidates >= 0, "they are counted. Give 1 to let the model say what it draws.")
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
         demand(self, "temperature", self.temperature >= 0, "probabilities would be turned around. Give 0 or more.")
         demand(self, "top_k", self.top_k >= 0, "it counts tokens. Give 0 to keep all.")
@@ -109,7 +115,7 @@ def main(cfg: Config) -> None:
     found = estimates(episodes, tokens=actor is not None)
     Console().print(table(cfg, found))
     decode = None if actor is None else {actor.role.name: actor.role.renderer.decode}
-    write(out, cfg, found, episode_rows(episodes, decode=decode))
+    write(out, cfg, found, episode_rows(episodes, decode=decode), offered(actor, episodes))
     if cfg.transitions:
         record(Path(cfg.transitions), transition_rows(episodes))
 
@@ -124,10 +130,21 @@ def open_player(cfg: Config) -> Actor:
         stop=cfg.stop,
     )
     actor = open_actor(cfg.model, SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens), params=params)
-    if cfg.candidates > 1:
-        critic = saved_critic(Path(model_path(cfg.model.path)).parent / "critic", actor)
-        actor.role.sampler = BestOf(actor.sampler, critic_score(critic), cfg.candidates)
+    ranker = Path(model_path(cfg.model.path)).parent / "ranker"
+    trained = run_settings(ranker.parent)["candidates"] if ranker.is_dir() else 1
+    if (candidates := cfg.candidates or trained) > 1:
+        if ranker.is_dir():
+            score = ranker_score(saved_ranker(ranker, actor, cfg.model))
+        else:
+            score = critic_score(saved_critic(ranker.with_name("critic"), actor))
+        actor.role.sampler = Chooser(actor.sampler, score, candidates)
     return actor
+
+
+def offered(actor: Actor | None, episodes: Sequence[Episode]) -> dict[str, Any] | None:
+    """What evaluation.json says; None where nobody picked."""
+    chooser = actor.role.sampler if actor else None
+    return evaluation_record(episodes, chooser.take()) if isinstance(chooser, Chooser) else None
 
 
 def estimates(episodes: Sequence[Episode], *, tokens: bool) -> dict[str, Estimate]:
@@ -165,7 +182,13 @@ def check_out(out: Path, *, overwrite: bool) -> None:
         raise CheckpointError(f"{out}: there is an evaluation already. Replace it with --overwrite, or change --out.")
 
 
-def write(out: Path, cfg: Config, found: Mapping[str, Estimate], rows: Iterable[Mapping[str, Any]]) -> None:
+def write(
+    out: Path,
+    cfg: Config,
+    found: Mapping[str, Estimate],
+    rows: Iterable[Mapping[str, Any]],
+    evaluation: Mapping[str, Any] | None = None,
+) -> None:
     """episodes.jsonl first and summary.json last: a summary is there only when everything is."""
     summary = {
         "episodes": cfg.episodes,
@@ -175,8 +198,12 @@ def write(out: Path, cfg: Config, found: Mapping[str, Estimate], rows: Iterable[
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "summary.json").unlink(missing_ok=True)
+        for name in ("summary.json", "evaluation.json"):
+            (out / name).unlink(missing_ok=True)
         write_rows(out / "episodes.jsonl", rows)
+        if evaluation is not None:
+            text = json.dumps(evaluation, indent=1, ensure_ascii=False)
+            (out / "evaluation.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error

@@ -161,10 +161,19 @@ def lite_ppo(answers: Answers) -> Tensor:
     return -torch.cat([clipped((n - o).exp(), a) for (n, o, _), a in pairs]).mean()
 
 
-PAPERS = {
-    function.__name__: function
-    for function in (grpo, dr_grpo, rloo, dapo, gspo, cispo, reinforce_pp, reinforce_pp_baseline, lite_ppo)
-}
+def gigpo(answers: Answers) -> Tensor:
+    """1/NT Σ Σ 1/|a| Σ (min(ρA, clip(ρ)A) − β KL), A = A_episode + ω A_state; of one turn, whose state is the prompt,
+    both are GRPO's."""
+    twice = [2 * advantage for advantage in group_advantages(REWARDS, deviation)]
+    terms = []
+    for (new, old, ref), advantage in zip(answers, twice, strict=True):
+        kl = (ref - new).exp() - (ref - new) - 1
+        terms.append((clipped((new - old).exp(), advantage) - 0.01 * kl).mean())
+    return -mean(terms)
+
+
+FAMILY = (grpo, dr_grpo, rloo, dapo, gspo, cispo, reinforce_pp, reinforce_pp_baseline, lite_ppo, gigpo)
+PAPERS = {function.__name__: function for function in FAMILY}
 
 
 def packed(answers: Answers, siblings: bool) -> tuple[Batch, list[list[Episode]]]:
