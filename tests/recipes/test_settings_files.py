@@ -1,0 +1,103 @@
+"""Every settings file in configs/ runs as it stands, on a tiny model with few rows: only the counts are cut."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from echelon import cli
+from echelon.envs import load_env
+from echelon.envs.players import corpus
+from echelon.models.lm import tiny
+from echelon.train.checkpoint import find_checkpoint
+from tests.recipes.conftest import recorded
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs").glob("*/*.yaml"))
+NAMES = [str(file.relative_to(ROOT / "configs")) for file in FILES]
+
+PLAYS = ["--steps", "1", "--max-turns", "3", "--threads", "1"]
+STAGE = ["--max-steps", "2", "--rows-per-step", "4", "--threads", "1"]
+FEWER = {
+    "archer": [*PLAYS, "--episodes-per-step", "4", "--warmup-steps", "0", "--critic-updates", "1"],
+    "dpo": STAGE,
+    "evaluate": ["--episodes", "4", "--max-turns", "3", "--threads", "1"],
+    "grpo": [*PLAYS, "--tasks-per-step", "2", "--group-size", "4"],
+    "merge": [],
+    "ppo": [*PLAYS, "--episodes-per-step", "4", "--warmup-steps", "0", "--value-epochs", "1"],
+    "rank": [*PLAYS],
+    "reward": STAGE,
+    "sft": STAGE,
+}
+"""What is cut, by recipe."""
+ALSO = {
+    "grpo/dapo.yaml": ["--replacements", "0"],
+    "ppo/math.yaml": ["--sampling.max-tokens", "8"],
+    "ppo/rlhf.yaml": ["--sampling.max-tokens", "8"],
+}
+"""What is cut in one of them: a random model has no groups that differ, and talks to the end."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working directory with everything the files name: data laid out as documented, models, runs."""
+    folder = tmp_path_factory.mktemp("work")
+    env = load_env("twenty_questions", {"subset": True})
+    questions = [f"What is {left} + {right}?" for left in range(6) for right in range(4)]
+    module, tokenizer = tiny([*corpus(env), *questions], vocab_size=400, hidden=32, layers=1, heads=2)
+    for place in ("runs/tiny", "runs/sft", "runs/twenty_questions/untrained", "runs/twenty_questions/sft"):
+        module.save_pretrained(folder / place)
+        tokenizer.save_pretrained(folder / place)
+    for place in ("models/base", "runs/quickstart/warm"):
+        shutil.copytree(folder / "runs/tiny", folder / place)
+    write_data(folder / "data", questions)
+    recorded(env, ("random",), 12, folder / "data/twenty_questions.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("reward", ROOT / "configs/reward/tiny.yaml", "runs/reward")
+        words = ["sft", str(ROOT / "configs/sft/twenty_questions.yaml"), "--lora.rank", "4", *STAGE]
+        assert cli.main([*words, "--out", "runs/twenty_questions/sft_lora"]) == 0
+        yield folder
+
+
+def write_data(data: Path, questions: list[str]) -> None:
+    """Sums, right and wrong, in the schemas and places the files name."""
+    draw = random.Random(0)
+    sums = [(question, str(sum(map(int, question[8:-1].split(" + "))))) for question in questions]
+    chats = [{"prompt": question, "response": answer} for question, answer in sums]
+    pairs = [{"prompt": q, "chosen": a, "rejected": str(int(a) + draw.randint(1, 3))} for q, a in sums]
+    solved = [{"question": question, "answer": f"It is {answer}.\n#### {answer}"} for question, answer in sums]
+    for name, rows in (
+        ("finetune/sums.jsonl", chats),
+        ("reward/sums.jsonl", pairs),
+        ("rl/sums.jsonl", [{"prompt": question} for question in questions]),
+        ("preferences.jsonl", pairs),
+        ("gsm8k-train.jsonl", solved[:20]),
+        ("gsm8k-test.jsonl", solved[20:]),
+    ):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(recipe: str, file: Path, out: str) -> None:
+    name = f"{recipe}/{file.name}"
+    flags = [*FEWER[recipe], *ALSO.get(name, [])]
+    assert cli.main([recipe, str(file), "--out", out, *flags]) == 0, name
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_a_settings_file_runs_as_it_stands(file: Path, folder: Path, tmp_path: Path) -> None:
+    recipe, out = file.parent.name, tmp_path / "run"
+    run(recipe, file, str(out))
+    if recipe == "merge":
+        assert (out / "model.safetensors").is_file()
+    elif recipe == "evaluate":
+        assert (out / "summary.json").is_file()
+    else:
+        assert (out / "metrics.jsonl").read_text().count("\n") >= 1
+        assert find_checkpoint(out, "reward" if recipe == "reward" else "actor")
