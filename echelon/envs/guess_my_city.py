@@ -131,11 +131,13 @@ def facts() -> tuple[Fact, ...]:
     )
 
 
-@cache
 def cities(subset: bool = False) -> tuple[City, ...]:
     """All cities, by continent; or the ten of the subset."""
-    if subset:
-        return tuple(city(name) for name in SUBSET)
+    return tuple(city(name) for name in SUBSET) if subset else _table()
+
+
+@cache
+def _table() -> tuple[City, ...]:
     keys = [fact.key for fact in facts()]
     return tuple(
         City(
@@ -185,7 +187,8 @@ def understand(text: str) -> Meaning | None:
 
 _OPENING = re.compile(
     r"^(?:(?:so|ok|okay|well|then|hmm|and|now|maybe|perhaps|please|let me guess|final answer|my answer is|question"
-    r"|guess|my (?:final )?guess is|i (?:think|guess|say|believe)(?: that)?|(?:can|could|will) you tell me|tell me|\d+) )+"
+    r"|guess|my (?:final )?guess is|i (?:think|guess|say|believe)(?: that)?|(?:can|could|will) you tell me|tell me"
+    r"|\d+) )+"
 )
 _SUBJECT = re.compile(
     r"\b(?:the|your|this|that|my|secret|mystery)(?: (?:secret|mystery))* (?:city|town|place|hometown)\b"
@@ -198,7 +201,7 @@ _SMALL = re.compile(
 
 def normal_form(text: str) -> str:
     """The words of a question with everything removed that does not change what it asks."""
-    text = re.sub(r"[^a-z0-9]+", " ", _plain(text).replace("'", "")).strip()
+    text = re.sub(r"[^a-z0-9]+", " ", re.sub(r"['’]s?", "", _plain(text))).strip()
     text = _SMALL.sub(" ", _SUBJECT.sub(" ", _OPENING.sub("", text)))
     return " ".join(text.split())
 
@@ -230,6 +233,8 @@ def _values(key: str, words: str) -> list[str]:
     values = [form for form in map(normal_form, parts) if form]
     if key == "language":
         values += [f"speak {value}" for value in values] + [f"{value} spoken" for value in values]
+    if key == "fame":
+        values += [f"{known} {value}" for value in values for known in ("known", "famous")]
     if key == "sea":
         values += [short for value in values if (short := re.sub(r" (?:sea|ocean)$", "", value)) != value]
     return values

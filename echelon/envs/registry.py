@@ -21,10 +21,12 @@ from echelon.envs._shared import EnvSpec
 from echelon.errors import ConfigError, DataError, did_you_mean
 
 BUILT_IN = {
+    "guess_my_city": "echelon.envs.guess_my_city:GuessMyCity",
     "guess_number": "echelon.envs.guess_number:GuessNumber",
     "maze": "echelon.envs.maze:Maze",
     "text_lock": "echelon.envs.text_lock:TextLock",
     "twenty_questions": "echelon.envs.twenty_questions:TwentyQuestions",
+    "wordle": "echelon.envs.wordle:Wordle",
 }
 
 _OWN = "path/to/file.py:ClassName, package.module:ClassName or tasks.yaml"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from echelon.errors import DataError, need
-from echelon.models import lora
+from echelon.models import lora, stacked
 from echelon.ops.vocabulary import linear_scores
 
 if TYPE_CHECKING:
@@ -532,7 +532,7 @@ def _check_folder(path: str) -> None:
     if not path:
         raise DataError("model.path is empty: give a Hugging Face model folder or hub id, e.g. --model.path runs/tiny.")
     folder = Path(path)
-    if folder.is_dir() and not ((folder / "config.json").is_file() or (folder / lora.CONFIG).is_file()):
+    if folder.is_dir() and not ((folder / "config.json").is_file() or (folder / stacked.CONFIG).is_file()):
         raise DataError(f"'{path}' is a folder without config.json, so it is not a Hugging Face model folder.")
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise DataError(f"there is no model folder '{path}'. Give a folder, a run directory or a hub id (name/model).")

@@ -64,7 +64,7 @@ def attach(
     with _same_draws(derive_seed(seed, "lora", name)), _no_advice():
         if has_adapters(module):
             return _added(module, name, settings)
-        adapted = peft.get_peft_model(module, settings, adapter_name=name)  # type: ignore[arg-type]
+        adapted = peft.get_peft_model(module, settings, adapter_name=name)
     base = base or str(getattr(module, "name_or_path", "") or "")
     lower = Lower.read(base, _read_config(base)) if base and is_adapter(base) else None
     if lower is not None:
@@ -95,7 +95,7 @@ def load(module: nn.Module, folder: str, *, name: str = DEFAULT, trains: bool = 
                 adapted: Any = module
                 adapted.load_adapter(folder, name, is_trainable=trains)
             else:
-                adapted = peft.PeftModel.from_pretrained(module, folder, name, is_trainable=trains)  # type: ignore[arg-type]
+                adapted = peft.PeftModel.from_pretrained(module, folder, name, is_trainable=trains)
         missing = [str(warning.message) for warning in told if "missing adapter keys" in str(warning.message)]
         if missing:
             raise ValueError(missing[0])
@@ -335,9 +335,10 @@ def _has_learned(module: nn.Module) -> bool:
     own = _tensors(module, speaking(module))
     if any(bool(tensor.any()) for key, tensor in own.items() if "lora_B" in key or "lora_embedding_B" in key):
         return True
+    parts: list[Any] = list(module.modules())
     return any(
         not one.equal(other)
-        for part in module.modules()
+        for part in parts
         if hasattr(part, "modules_to_save") and hasattr(part, "original_module")
         for one, other in zip(
             part.modules_to_save[speaking(module)].state_dict().values(),

@@ -25,7 +25,7 @@ from echelon.config import ModelConfig, SamplingConfig, TaskConfig, demand, requ
 from echelon.data.recorded import transition_rows
 from echelon.envs.players import make_player
 from echelon.errors import CheckpointError
-from echelon.rollout.candidates import evaluation_record, run_settings, saved_ranker
+from echelon.rollout.candidates import evaluation_record, has_ranker, run_settings, saved_ranker
 from echelon.rollout.critics import saved_critic
 from echelon.rollout.evaluate import Estimate, bootstrap, scripted_loop, summarise
 from echelon.rollout.plays import env_loop
@@ -130,13 +130,13 @@ def open_player(cfg: Config) -> Actor:
         stop=cfg.stop,
     )
     actor = open_actor(cfg.model, SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens), params=params)
-    ranker = Path(model_path(cfg.model.path)).parent / "ranker"
-    trained = run_settings(ranker.parent)["candidates"] if ranker.is_dir() else 1
-    if (candidates := cfg.candidates or trained) > 1:
-        if ranker.is_dir():
-            score = ranker_score(saved_ranker(ranker, actor, cfg.model))
+    checkpoint = Path(model_path(cfg.model.path)).parent
+    ranked = has_ranker(checkpoint)
+    if (candidates := cfg.candidates or (run_settings(checkpoint)["candidates"] if ranked else 1)) > 1:
+        if ranked:
+            score = ranker_score(saved_ranker(checkpoint, actor, cfg.model))
         else:
-            score = critic_score(saved_critic(ranker.with_name("critic"), actor))
+            score = critic_score(saved_critic(checkpoint / "critic", actor))
         actor.role.sampler = Chooser(actor.sampler, score, candidates)
     return actor
 

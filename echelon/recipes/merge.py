@@ -23,6 +23,7 @@ from echelon.errors import CheckpointError, DataError
 from echelon.models import lora
 from echelon.models.lm import load_lm, load_tokenizer
 from echelon.models.reward import SCALE, choose_padding, last_scores, open_reward_module
+from echelon.models.stacked import CONFIG
 from echelon.rollout.setup import describe, model_path
 
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
@@ -100,9 +101,9 @@ def check(cfg: Config, out: Path, path: str) -> None:
     if (Path(path) / "config.json").is_file():
         raise DataError(
             f"adapter = {cfg.adapter}: it is a whole model, not an adapter, so there is nothing to merge. Use it as it "
-            f"is, or give the folder that has {lora.CONFIG}."
+            f"is, or give the folder that has {CONFIG}."
         )
-    raise DataError(f"adapter = {cfg.adapter}: there is no {lora.CONFIG}. Give the folder or hub id of an adapter.")
+    raise DataError(f"adapter = {cfg.adapter}: there is no {CONFIG}. Give the folder or hub id of an adapter.")
 
 
 def adapter_path(path: str) -> str:

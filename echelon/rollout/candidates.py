@@ -126,12 +126,17 @@ def new_ranker(actor: Actor, *, path: str, model: ModelConfig, lora: LoraConfig,
         return Ranker.from_lm(base, bounded=bounded)
 
 
-def saved_ranker(folder: Path, actor: Actor, model: ModelConfig) -> Ranker:
+def has_ranker(checkpoint: Path) -> bool:
+    """Whether a folder is a checkpoint of a run that learned to rank."""
+    return all((checkpoint / name).is_file() for name in ("manifest.json", "ranker/model.safetensors"))
+
+
+def saved_ranker(checkpoint: Path, actor: Actor, model: ModelConfig) -> Ranker:
     """The ranker of a checkpoint, beside the actor that was learned there."""
-    settings = run_settings(folder.parent)
+    settings = run_settings(checkpoint)
     path, lora = str(settings.get("ranker_path", "")), LoraConfig(**_tuples(settings.get("lora", {})))
     ranker = new_ranker(actor, path=path, model=model, lora=lora, bounded=False, seed=0)
-    load_module(ranker, folder)  # whether it is bounded comes with its weights
+    load_module(ranker, checkpoint / "ranker")  # whether it is bounded comes with its weights
     return ranker
 
 

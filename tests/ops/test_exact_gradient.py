@@ -469,7 +469,7 @@ def uniform(game: Game) -> Policy:
 
 
 def direction_and_noise(game: Game, credit: Credit, siblings: int) -> tuple[float, float]:
-    """The cosine of the expected gradient with the exact one, and the variance of the estimate over its squared length."""
+    """The cosine of the expected gradient with the exact one; the variance of the estimate over its squared length."""
     policy = uniform(game)
     exact = torch.cat(list(exact_gradient(game, policy).values()))
 
@@ -504,6 +504,7 @@ SCHEMES: dict[str, Callable[[Game], Credit]] = {
     "episode": lambda game: by_task(leave_one_out=True),
     "episode, std": lambda game: grpo,
     "turn": lambda game: same_turn(),
+    "turn, γ = 0.5": lambda game: same_turn(gamma=0.5),
     "turn, std": lambda game: same_turn(leave_one_out=False, scale="std"),
     "turn, reached": lambda game: same_turn(ended=False),
     "state": lambda game: gigpo(),

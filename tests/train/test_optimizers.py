@@ -149,7 +149,7 @@ def test_a_gradient_that_overflows_is_computed_again_with_half_the_scale() -> No
 
 def test_a_gradient_that_is_never_finite_is_an_error_and_changes_nothing() -> None:
     def loss(module: nn.Module, batch: Numbers) -> tuple[Tensor, dict[str, float]]:
-        return torch.sqrt((output(module, batch)[0] * 0)), {}
+        return torch.sqrt(output(module, batch)[0] * 0), {}
 
     learner = Learner(line(torch.float16), OptimConfig(), name="actor")
     learner.update([ONE], output)
