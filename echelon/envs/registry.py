@@ -33,8 +33,8 @@ _OWN = "path/to/file.py:ClassName, package.module:ClassName or tasks.yaml"
 
 
 def load_env(name: str, settings: Mapping[str, Any] | None = None, *, trust_code: bool = False) -> EnvSpec:
-    """Find an environment: a built-in name, `path/to/file.py:ClassName`, `package.module:ClassName`, or a file of tasks
-    (`tasks.yaml`), whose Python runs only with `trust_code`.
+    """Find an environment: a built-in name, `path/to/file.py:ClassName`, `package.module:ClassName`, a file of tasks
+    (`tasks.yaml`), whose Python runs only with `trust_code`, or a game of TextArena (`textarena:Wordle-v0`).
 
     Raises ConfigError for an unknown name or setting, DataError for a file, module or class that cannot be used.
     """
@@ -44,6 +44,10 @@ def load_env(name: str, settings: Mapping[str, Any] | None = None, *, trust_code
         if settings:
             raise ConfigError(f"{name} has no setting '{min(settings)}': a file of tasks says it all. Change the file.")
         return yaml_env(name, trust_code=trust_code)
+    if name.startswith("textarena:"):
+        from echelon.envs.textarena import textarena_env
+
+        return textarena_env(name, settings)
     where, colon, class_name = BUILT_IN.get(name, name).rpartition(":")
     if not colon or not where or not class_name:
         built_in = ", ".join(BUILT_IN)

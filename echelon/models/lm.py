@@ -104,9 +104,7 @@ def _load_adapted(path: str, **settings: Any) -> nn.Module:
     return adapted
 
 
-def _load_whole(
-    path: str, *, dtype: str, attention: str, device: str, trust_remote_code: bool, bits: str
-) -> nn.Module:
+def _load_whole(path: str, *, dtype: str, attention: str, device: str, trust_remote_code: bool, bits: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 

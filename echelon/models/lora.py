@@ -269,9 +269,7 @@ def save(module: nn.Module, folder: Path, *, name: str = "") -> None:
     """
     adapted: Any = module
     with _no_advice():
-        adapted.save_pretrained(
-            str(folder), selected_adapters=[name] if name else None, save_embedding_layers=False
-        )
+        adapted.save_pretrained(str(folder), selected_adapters=[name] if name else None, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # a form of which nothing is filled in
     lower: Lower | None = getattr(module, "lower", None)
     if lower is not None:

@@ -113,14 +113,20 @@ def load_reward_model(path: str, *, device: str = "auto", dtype: str = "float32"
 
 
 def open_reward_module(
-    model: ModelConfig, adapter: LoraConfig = LoraConfig(), *, seed: int = 0, plain_template: bool = False
+    model: ModelConfig,
+    adapter: LoraConfig = LoraConfig(),
+    *,
+    seed: int = 0,
+    plain_template: bool = False,
+    may_grow: bool = True,
 ) -> tuple[nn.Module, Any, bool]:
     """A reward model that can learn, its tokenizer, and whether its head is new.
 
     Takes a reward model, or a language model, which gets a head that starts at zero: no answer is better than another.
     With `adapter.rank` only a new adapter learns, and the head; on the folder of an adapter, that one is folded into
     the weights first. Without, the adapter of a reward model goes on learning, and that of a language model is folded.
-    `plain_template` gives a tokenizer that has no chat template the plain one (`set_up_template`).
+    `plain_template` gives a tokenizer that has no chat template the plain one (`set_up_template`). A model that
+    `may_grow` gets a padding token of its own where there is none to take (`choose_padding`).
     """
     _check_folder(model.path)
     tokenizer = load_tokenizer(model.path)
@@ -133,7 +139,7 @@ def open_reward_module(
         choose_padding(module, tokenizer, may_grow=False)
         module = lora.attach(module, adapter, task="SEQ_CLS", base=model.path, seed=seed)
     else:
-        choose_padding(module, tokenizer, may_grow=not lora.has_adapters(module))
+        choose_padding(module, tokenizer, may_grow=may_grow and not lora.has_adapters(module))
     if model.gradient_checkpointing:
         _enable_checkpointing(module)
     return module.train(), tokenizer, fresh

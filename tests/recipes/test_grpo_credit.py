@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
 from echelon.config import ModelConfig, SamplingConfig
 from echelon.data.packing import Batch, pack
+from echelon.envs import load_env
 from echelon.errors import ConfigError
-from echelon.recipes.grpo import Config, assign, at_first, compare, differs
+from echelon.recipes.grpo import Config, assign, at_first, compare, differs, play_groups
+from echelon.rollout.rewards import Rewards
 from echelon.train.policy import PolicyConfig
-from echelon.types import Episode, Turn
+from echelon.types import Episode, Task, Turn
 from tests.ops.test_exact_gradient import (
     THREE_TURNS,
     Play,
@@ -22,6 +25,7 @@ from tests.ops.test_exact_gradient import (
     expected_gradient,
     uniform,
 )
+from tests.recipes.conftest import made, recorded, taught
 
 
 def episode(*rewards: float, tokens: int = 1, states: Sequence[int] = ()) -> Episode:
@@ -131,6 +135,23 @@ def test_a_group_that_earned_the_same_in_other_turns_teaches_turns() -> None:
     assert differs([early, episode(1.0, 0.5)], by_turn=True)
 
 
+def test_groups_are_replaced_if_they_do_not_differ_in_the_eyes_of_the_scheme() -> None:
+    """Every sibling earns 1, the first one in another turn than the others."""
+
+    async def play(task: Task, played: Episode) -> None:
+        first = not seen.get(task.id)
+        seen[task.id] = True
+        played.turns, played.ending = episode(*((1.0, 0.0) if first else (0.0, 1.0))).turns, "terminated"
+
+    tasks = [Task(id=str(number)) for number in range(8)]
+    for scheme, drawn in (("episode", 5), ("turn", 2), ("state", 2)):
+        seen: dict[str, bool] = {}
+        cfg = config(credit=scheme, tasks_per_step=2, group_size=3, replacements=3)
+        found = play_groups(cfg, tasks, play, Rewards(), drawn=0, seed=0)
+        assert found.tasks == drawn
+        assert found.metrics["group/zero_variance"] == (scheme == "episode")
+
+
 def through_the_recipe(cfg: Config) -> Callable[[Sequence[Play]], torch.Tensor]:
     """The credit of the recipe for plays of an enumerable game, whose states are prompts."""
     numbers = {state: number for number, state in enumerate(THREE_TURNS)}
@@ -230,3 +251,31 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     assert any(row["credit/within_episodes"] > 0 for row in whole.rows())
     turns = [turn["advantage"] for row in whole.rows("episodes") for turn in row["turns"] if len(row["turns"]) > 1]
     assert len(set(turns)) > 2
+
+
+@pytest.fixture(scope="session")
+def corridor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model that tries one of three keys at each of twelve doors, at random."""
+    env, folder = load_env("text_lock", TWELVE), tmp_path_factory.mktemp("corridor")
+    games = recorded(env, ("random",), 128, folder / "games.jsonl")
+    return taught(made(env, folder / "model", layers=2), games, folder / "run", epochs=6)
+
+
+TWELVE = {"doors": 12, "keys": 3}
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("seed", [0, 1])
+def test_with_many_doors_credit_per_turn_learns_from_fewer_episodes(train, corridor: Path, seed: int) -> None:
+    """320 episodes in 40 steps of eight. Doors opened in the last 15 steps, on seeds 0 to 4: 0.61 to 0.77, and with one
+    number per episode, 0.32 to 0.45. Discounted, since a key opens no door but its own."""
+    doors = ("--model.path", corridor, "--env", "text_lock", "--env-settings", *(f"{k}={v}" for k, v in TWELVE.items()))
+    few = ("--sampling.max-tokens", 4, "--tasks-per-step", 2, "--group-size", 4, "--steps", 40, "--seed", seed)
+
+    def opened(name: str, *flags: object) -> float:
+        rows = train("grpo", *doors, *few, "--policy.optim.lr", 1e-3, *flags, name=name).rows()
+        return sum(row["reward/mean"] for row in rows[25:]) / 15
+
+    turn, whole = opened("turn", "--credit", "turn", "--gamma", 0.5), opened("episode")
+    assert turn > 0.5
+    assert turn > whole + 0.1

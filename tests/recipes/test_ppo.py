@@ -116,7 +116,7 @@ def test_whitened_advantages_have_mean_0_and_deviation_1_over_sampled_tokens(val
 def test_the_value_model_starts_at_the_mean_return() -> None:
     played = [two_turns("terminated"), two_turns("truncated")]
     batch = pack([turn for episode in played for turn in episode.turns])
-    assert mean_return(config(), batch, earned(batch, played)) == pytest.approx((2 * 3 + 3 * 2) / 5)
+    assert mean_return(config(), batch, played, earned(batch, played)) == pytest.approx((2 * 3 + 3 * 2) / 5)
 
 
 def test_the_value_loss_is_half_the_square_and_its_clipped_form_the_worse_of_two(value: Learner) -> None:

@@ -431,7 +431,7 @@ def test_nothing_saved_is_code(tmp_path: Path) -> None:
         learner.save(tmp_path / str(index))
     kinds = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
     assert kinds <= {".safetensors", ".json", ".jinja"}
-    assert json.loads((tmp_path / "0" / "optimizer.json").read_text()) ["version"] == 1
+    assert json.loads((tmp_path / "0" / "optimizer.json").read_text())["version"] == 1
 
 
 def test_a_shared_body_is_saved_once_with_its_owner(tmp_path: Path) -> None:
