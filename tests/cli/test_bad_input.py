@@ -103,8 +103,8 @@ def prepare(folder: Path) -> None:
 GRPO = "grpo good.yaml --out r"
 MISSING = "missing: nothing sets it. Put it in a settings file, or give"
 ENVS = (
-    "Built in: guess_number, maze, text_lock, twenty_questions. Your own: path/to/file.py:ClassName, "
-    "package.module:ClassName or tasks.yaml."
+    "Built in: guess_my_city, guess_number, maze, text_lock, twenty_questions, wordle. "
+    "Your own: path/to/file.py:ClassName, package.module:ClassName or tasks.yaml."
 )
 MODEL = "Give a folder, a run directory or a hub id (name/model)."
 TABLE = [

@@ -160,6 +160,13 @@ def test_an_adapter_that_peft_saved_is_merged(kind: str, base: Path, merge: Merg
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template, "of the base"
 
 
+def test_the_tokenizer_is_that_of_the_adapter_if_it_has_one(base: Path, merge: Merge, tmp_path: Path) -> None:
+    saved, tokenizer = adapter(base, tmp_path / "adapter"), transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{{ messages[0].content }}<|end|>"
+    tokenizer.save_pretrained(saved)
+    assert transformers.AutoTokenizer.from_pretrained(merge(saved)).chat_template == tokenizer.chat_template
+
+
 def test_a_merged_weight_is_the_weight_plus_the_scaled_product(base: Path, merge: Merge, tmp_path: Path) -> None:
     saved = adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
     before, after = (load_file(folder / "model.safetensors") for folder in (base, merge(saved)))
@@ -301,6 +308,8 @@ def test_a_reward_model_that_pads_scores_as_its_adapter_did_one_by_one(
     if in_full:
         names["modules_to_save"] = ["score", "embed_tokens" if "two" in style else "wte"]  # type: ignore[assignment]
     saved = adapter(below, tmp_path / "adapter", reward=True, **names)
+    if style == "no chat template":
+        transformers.AutoTokenizer.from_pretrained(below).save_pretrained(saved)
     scale = json.dumps({"mean": 0.5, "std": 2.0, "held_out": True})
     (saved / SCALE).write_text(scale)
     folder = merge(saved)

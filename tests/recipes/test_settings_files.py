@@ -30,7 +30,7 @@ FEWER = {
     "grpo": [*PLAYS, "--tasks-per-step", "2", "--group-size", "4"],
     "merge": [],
     "ppo": [*PLAYS, "--episodes-per-step", "4", "--warmup-steps", "0", "--value-epochs", "1"],
-    "rank": [*PLAYS],
+    "rank": [*PLAYS, "--episodes-per-step", "2", "--warmup-steps", "0"],
     "reward": STAGE,
     "sft": STAGE,
 }
@@ -39,6 +39,7 @@ ALSO = {
     "grpo/dapo.yaml": ["--replacements", "0"],
     "ppo/math.yaml": ["--sampling.max-tokens", "8"],
     "ppo/rlhf.yaml": ["--sampling.max-tokens", "8"],
+    "rank/recurve.yaml": ["--sampling.max-tokens", "8"],
 }
 """What is cut in one of them: a random model has no groups that differ, and talks to the end."""
 
@@ -53,8 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for place in ("runs/tiny", "runs/sft", "runs/twenty_questions/untrained", "runs/twenty_questions/sft"):
         module.save_pretrained(folder / place)
         tokenizer.save_pretrained(folder / place)
-    for place in ("models/base", "runs/quickstart/warm"):
+    for place in ("models/base", "runs/quickstart/warm", "runs/best_language/sft", "runs/text_lock/sft"):
         shutil.copytree(folder / "runs/tiny", folder / place)
+    shutil.copytree(ROOT / "examples", folder / "examples")
     write_data(folder / "data", questions)
     recorded(env, ("random",), 12, folder / "data/twenty_questions.jsonl")
     with pytest.MonkeyPatch.context() as patch:
