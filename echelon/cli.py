@@ -46,6 +46,7 @@ EXTRAS = {
     "wandb": "wandb",
     "mlflow": "mlflow-skinny",
     "trackio": "trackio",
+    "textarena": "textarena",
     "bench": "trl",
     "dev": "pytest",
 }

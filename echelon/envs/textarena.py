@@ -44,9 +44,7 @@ class TextArena:
     def __init__(self, task: Task, *, tasks: int = 100, **game: Any) -> None:
         self._seed, self._turns = task.seed, 0
         self._random = random.Random(task.seed).getstate()
-        # Word lists are large and only ever read.
-        lists = [value for value in vars(self.game).values() if type(value).__name__ == "EnglishDictionary"]
-        self._game = copy.deepcopy(self.game, {id(value): value for value in lists})
+        self._game = _copy(self.game)
 
     @classmethod
     def tasks(cls, split: str, *, tasks: int = 100, **game: Any) -> list[Task]:
@@ -151,7 +149,7 @@ def _make(textarena: Any, name: str, settings: dict[str, Any]) -> Any:
 
 def _check_alone(textarena: Any, name: str, made: Any) -> None:
     """Raise DataError for a game that one player cannot play."""
-    trial, reason = copy.deepcopy(made), ""
+    trial, reason = _copy(made), ""
     try:
         with _apart(random.Random(0).getstate()):
             trial.reset(num_players=1, seed=0)
@@ -159,6 +157,12 @@ def _check_alone(textarena: Any, name: str, made: Any) -> None:
         reason = f" ({_reason(error)})"
     if reason or not isinstance(trial.state, textarena.SinglePlayerState):
         raise DataError(f"{name} is not a game for one player{reason}. Choose one that is, such as GuessTheNumber-v0.")
+
+
+def _copy(game: Any) -> Any:
+    """Another game like this one. They share their word lists, which are large and only ever read."""
+    lists = [value for value in vars(game).values() if type(value).__name__ == "EnglishDictionary"]
+    return copy.deepcopy(game, {id(value): value for value in lists})
 
 
 def _reason(error: Exception) -> str:

@@ -214,9 +214,7 @@ def appearing(out: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         yield unfinished
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
+        unfinished.rename(out)  # takes the place of an empty folder
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or _line(error)
         raise CheckpointError(

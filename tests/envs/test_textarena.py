@@ -1,4 +1,4 @@
-"""Games of TextArena as environments: against a module with its interface, and against the library where it is there."""
+"""Games of TextArena as environments: against a module with its interface, and the library itself where it is there."""
 
 import enum
 import importlib.util
@@ -250,12 +250,12 @@ def test_the_corpus_is_the_openings():
     [
         ("HighLo-v0", {}, ConfigError, "There is no environment 'textarena:HighLo-v0'. Did you mean 'HighLow-v0'? "
          "TextArena has 7 games and variants, such as GuessTheNumber-v0 and Wordle-v0."),
-        ("HighLow-v0", {"hihgest": 3}, ConfigError, "textarena:HighLow-v0: HighLow.__init__() got an unexpected keyword "
-         "argument 'hihgest'. Use the game's own settings, and 'tasks'."),
+        ("HighLow-v0", {"hihgest": 3}, ConfigError, "textarena:HighLow-v0: HighLow.__init__() got an unexpected "
+         "keyword argument 'hihgest'. Use the game's own settings, and 'tasks'."),
         ("ForTwo-v0", {}, DataError, "textarena:ForTwo-v0 is not a game for one player. Choose one that is, such as "
          "GuessTheNumber-v0."),
-        ("ForThree-v0", {}, DataError, "textarena:ForThree-v0 is not a game for one player (This game takes 3 players). "
-         "Choose one that is, such as GuessTheNumber-v0."),
+        ("ForThree-v0", {}, DataError, "textarena:ForThree-v0 is not a game for one player (This game takes 3 "
+         "players). Choose one that is, such as GuessTheNumber-v0."),
         ("NeedsWords-v0", {}, DataError, "textarena:NeedsWords-v0 needs word lists of nltk. Run: "
          "python -m nltk.downloader words averaged_perceptron_tagger_eng"),
         ("NeedsKey-v0", {}, DataError, "textarena:NeedsKey-v0: TextArena cannot make it: ValueError: "

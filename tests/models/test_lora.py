@@ -136,6 +136,33 @@ def test_a_gradient_reaches_the_adapter_and_only_the_adapter(folder: Path) -> No
         assert name not in below or (parameter.grad is None and parameter.equal(below[name]))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("whole", WHOLE)
+def test_an_adapter_that_is_saved_while_it_learns_goes_on_exactly_there(
+    whole: str, dtype: str, folder: Path, tmp_path: Path
+) -> None:
+    """Matrices in float32, what is trained in full in the type of the model with its masters, moments, loss scale."""
+
+    def learner() -> Learner:
+        module = load_lm(str(folder), device="cpu", dtype=dtype)
+        adapted = lora.attach(module, LoraConfig(rank=4, modules_to_save=WHOLE[whole]))
+        return Learner(adapted, OptimConfig(lr=1e-2, schedule="linear"), total_steps=6)
+
+    first, second = learner(), learner()
+    for number in range(3):
+        first.update([some_batch(number)], imitate)
+    first.save(tmp_path / "saved")
+    second.update([some_batch(9)], imitate)
+    second.load(tmp_path / "saved")
+    files = {lora.CONFIG, lora.WEIGHTS, "optimizer.json", "optimizer.safetensors"}
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == files, "the model below is not copied"
+    for number in range(3, 6):
+        for one, other in zip(first.module.parameters(), second.module.parameters(), strict=True):
+            assert one.equal(other)
+        assert first.update([some_batch(number)], imitate) == second.update([some_batch(number)], imitate)
+    assert all(one.equal(other) for one, other in zip(first.masters, second.masters, strict=True))
+
+
 def test_gradient_checkpointing_gives_an_adapter_the_same_gradient(folder: Path) -> None:
     found = []
     for checkpointing in (False, True):

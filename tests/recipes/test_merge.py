@@ -206,6 +206,8 @@ def test_weights_are_added_in_float32_and_rounded_once(dtype: str, merge: Merge,
     assert 0 < off < {"bfloat16": 5e-2, "float16": 1e-2}[dtype]
     stored = transformers.AutoModelForCausalLM.from_pretrained(rounded, dtype="auto")
     assert stored.dtype == getattr(torch, dtype)
+    again = merge(saved, "--base", exact, "--dtype", dtype, out="as wanted")
+    assert {tensor.dtype for tensor in load_file(again / "model.safetensors").values()} == {stored.dtype}
 
 
 def test_an_adapter_that_learned_on_top_of_another_is_merged_with_it(
@@ -405,9 +407,8 @@ def test_interrupted_writing_leaves_nothing_and_can_be_repeated(
 
 def test_what_a_killed_merge_left_is_no_part_of_the_next(base: Path, merge: Merge, tmp_path: Path) -> None:
     (tmp_path / ".tmp-merged").mkdir()
-    (tmp_path / ".tmp-merged" / "model-00001-of-00002.safetensors").write_bytes(b"half")
-    folder = merge(adapter(base, tmp_path / "adapter"))
-    assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
+    (tmp_path / ".tmp-merged" / "added_tokens.json").write_text("{")
+    assert "added_tokens.json" not in contents(merge(adapter(base, tmp_path / "adapter")))
 
 
 def test_what_is_there_is_never_overwritten_and_an_empty_folder_is_nothing(
