@@ -1,0 +1,247 @@
+"""Runs Python that nobody has vouched for, in a child process with few rights: predicates of task files, code a model
+wrote. Knows nothing of tasks or rewards: a function's name and JSON in, JSON out.
+
+On Linux the child has no files (Landlock), no network (namespace), no other processes, no system calls beyond those of
+a running interpreter (seccomp), limits on memory, output, processor time and time on the clock, an environment and a
+working directory with nothing in them. It does not protect against defects of the kernel or the interpreter, side
+channels, or a program that lies about its own result. Where the system lacks a wall (`walls`), what is left
+are limits and time-outs: there, run only programs you have read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MODULES = (
+    "math",
+    "cmath",
+    "re",
+    "string",
+    "json",
+    "itertools",
+    "functools",
+    "collections",
+    "operator",
+    "statistics",
+    "fractions",
+    "decimal",
+    "random",
+    "datetime",
+    "heapq",
+    "bisect",
+    "copy",
+    "dataclasses",
+    "enum",
+    "typing",
+    "textwrap",
+    "difflib",
+    "unicodedata",
+)
+"""What programs may import: nothing that reaches beyond the process."""
+
+_CHECK_EVERY = 0.02
+_STARTUP_SECONDS = 30.0
+_LEAST_MEMORY = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much one call may use."""
+
+    cpu_seconds: float = 1.0
+    """Processor time of one call."""
+    wall_seconds: float = 10.0
+    """Time on the clock of one call: a program that sleeps uses no processor time."""
+    memory_mib: int = 512
+    """Address space of the child, the interpreter's own 30 MiB included."""
+    output_chars: int = 100_000
+    """What a call may print, and about half of how long its result may be as JSON."""
+
+
+class ProgramError(RuntimeError):
+    """A program raised, crashed, hung, took too much, or gave no JSON: one line says which.
+
+    No `EchelonError`: in an episode it is the episode that fails, not the run.
+    """
+
+
+class Program:
+    """Source code in a child process of its own; its functions are called by name.
+
+    The child starts with the first call and lives until `close`; after a crash or a time-out the next call starts
+    another. State that a program keeps between calls is its own affair. Calls are safe from several threads.
+    """
+
+    def __init__(self, source: str, *, limits: Limits = Limits(), modules: Sequence[str] = MODULES) -> None:
+        self.source, self.limits, self.modules = source, limits, tuple(modules)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._end: weakref.finalize[..., Program] | None = None
+        self._unread = b""
+        self._lock = threading.Lock()
+        self.missing: tuple[str, ...] = ()
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """What the function returns for these arguments, all of them JSON. Raises ProgramError."""
+        line = json.dumps({"function": function, "arguments": arguments})
+        with self._lock:
+            self.start()
+            return self._ask(line)["value"]
+
+    def start(self) -> str:
+        """Have the source run, unless it has already; returns what it printed. Raises ProgramError if it fails."""
+        if self._child is not None and self._child.poll() is None:
+            return ""
+        self.close()
+        home = tempfile.mkdtemp(prefix="echelon-sandbox-")
+        worker = str(Path(__file__).with_name("worker.py"))
+        self._child = subprocess.Popen(
+            [sys.executable, "-s", "-S", "-P", "-B", worker],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=home,
+            env={"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"},
+            start_new_session=True,
+        )
+        self._end = weakref.finalize(self, _remove, self._child, home)
+        setup = {
+            "source": self.source,
+            "modules": self.modules,
+            "memory_bytes": max(_LEAST_MEMORY, self.limits.memory_mib << 20),
+            "output_chars": self.limits.output_chars,
+        }
+        self._send(json.dumps(setup))
+        patient = Limits(_STARTUP_SECONDS, _STARTUP_SECONDS)  # Python itself starts and imports
+        self.missing = tuple(self._receive(patient)["missing"])
+        try:
+            return str(self._answer()["printed"])
+        except ProgramError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the child; harmless when repeated, and done by itself when the program is no longer used."""
+        if self._end is not None:
+            self._end()
+        self._child, self._end, self._unread = None, None, b""
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        self._send(line)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        answer = self._receive(self.limits)
+        if "error" in answer:
+            raise ProgramError(str(answer["error"]))
+        if not {"value", "printed"} <= answer.keys():
+            self.close()
+            raise ProgramError("it wrote something else than an answer")
+        return answer
+
+    def _send(self, line: str) -> None:
+        assert self._child is not None
+        assert self._child.stdin is not None
+        try:
+            self._child.stdin.write(line.encode() + b"\n")
+            self._child.stdin.flush()
+        except OSError:
+            raise self._gone() from None
+
+    def _receive(self, limits: Limits) -> dict[str, Any]:
+        """The next line from the child, as long as it stays within its limits."""
+        assert self._child is not None
+        assert self._child.stdout is not None
+        pipe = self._child.stdout.fileno()
+        began, used = time.monotonic(), self._processor_seconds()
+        most = 12 * limits.output_chars + 10_000  # a character is up to six bytes of JSON, result and print-out
+        while b"\n" not in self._unread:
+            if not select.select([pipe], [], [], _CHECK_EVERY)[0]:
+                self._check_time(limits, began, used)
+                continue
+            part = os.read(pipe, 1 << 16)
+            self._unread += part
+            if not part:
+                raise self._gone()
+            if len(self._unread) > most:
+                self.close()
+                raise ProgramError("it wrote more than the limit allows")
+        line, _, self._unread = self._unread.partition(b"\n")
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            self.close()
+            raise ProgramError("it wrote something else than an answer")
+        return answer
+
+    def _check_time(self, limits: Limits, began: float, used: float) -> None:
+        spent, waited = self._processor_seconds() - used, time.monotonic() - began
+        if spent > limits.cpu_seconds:
+            self.close()
+            raise ProgramError(f"it computed for more than {limits.cpu_seconds:g} s and was ended")
+        if waited > limits.wall_seconds:
+            self.close()
+            raise ProgramError(f"it took more than {limits.wall_seconds:g} s and was ended")
+
+    def _processor_seconds(self) -> float:
+        """Of the child so far; where the system does not say, the time on the clock."""
+        assert self._child is not None
+        try:
+            fields = Path(f"/proc/{self._child.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return time.monotonic()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _gone(self) -> ProgramError:
+        """Why the child is gone."""
+        assert self._child is not None
+        status = self._child.wait()
+        self.close()
+        if status < 0:
+            return ProgramError(f"it crashed (signal {-status})")
+        return ProgramError(f"it ended the process (status {status})")
+
+
+def _remove(child: subprocess.Popen[bytes], home: str) -> None:
+    """The child and its working directory."""
+    child.kill()
+    child.wait()
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def run_code(source: str, *, limits: Limits = Limits(cpu_seconds=5.0), modules: Sequence[str] = MODULES) -> str:
+    """Run a whole program once, in a child of its own, and return what it printed. Raises ProgramError."""
+    with Program(source, limits=limits, modules=modules) as program:
+        return program.start()
+
+
+def walls() -> tuple[str, ...]:
+    """What this system lacks of the sandbox's walls; nothing where all of them stand."""
+    with Program("") as program:
+        program.start()
+        return program.missing
