@@ -6,7 +6,7 @@ import asyncio
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from echelon.errors import ConfigError, DataError
 from echelon.models.heads import UtteranceCritic
 from echelon.models.lm import load_lm, tiny
 from echelon.recipes import archer
-from echelon.recipes.archer import Config, asked_states, critic_loss, judge, open_critic, update_actor, update_critic
+from echelon.recipes.archer import Config, Levels, asked_states, open_critic, open_levels, update_actor, update_critic
 from echelon.rollout.plays import env_loop
 from echelon.rollout.roles import collect
 from echelon.rollout.setup import Actor, open_actor
 from echelon.sampling.scripted import ScriptedSampler
+from echelon.train.critic import critic_loss, judge
 from echelon.train.learner import Learner
 from echelon.train.policy import PolicyConfig
 from echelon.types import Episode
@@ -245,16 +246,22 @@ class Level:
     """What `main` holds between steps, with a few games in the replay."""
 
     actor: Actor
-    critic: Learner
-    target: UtteranceCritic
-    replay: Replay
+    levels: Levels
     played: list[Episode]
+
+    @property
+    def critic(self) -> Learner:
+        return self.levels.critic
+
+    @property
+    def target(self) -> UtteranceCritic:
+        return self.levels.target
 
     def copy(self, module: torch.nn.Module) -> Critics:
         return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
     def update(self, cfg: Config, at: int = 0) -> dict[str, float]:
-        return update_critic(cfg, at, self.critic, self.target, self.replay, self.actor.role)
+        return update_critic(cfg, at, self.levels)
 
 
 Begin = Callable[[Config], Level]
@@ -267,10 +274,9 @@ def begin(start: Path) -> Begin:
         env = load_env("guess_number", {"low": 1, "high": 4, "max_turns": 3})
         tasks = env.tasks("train") * 2
         played = asyncio.run(collect(tasks, env_loop(env.make, actor.role), seed=0))
-        replay = Replay(1000)
-        replay.add(transitions(episode, "actor", gamma=0.95) for episode in played)
-        online = open_critic(cfg, actor)
-        return Level(actor, Learner(online, OptimConfig()), online.target(), replay, played)
+        levels = open_levels(cfg, actor)
+        levels.replay.add(transitions(episode, "actor", gamma=0.95) for episode in played)
+        return Level(actor, levels, played)
 
     return begin
 
@@ -368,7 +374,7 @@ def advise(level: Level, cfg: Config, critic: UtteranceCritic) -> tuple[list[flo
     """The advantages of all sampled tokens of the games, and what was logged."""
     batch = pack([turn for episode in level.played for turn in episode.turns])
     policy = Learner(copy.deepcopy(level.actor.module), cfg.policy.optim)  # the games were sampled before it learned
-    logged = update_actor(cfg, 0, policy, None, critic, batch, level.replay, level.actor.role)
+    logged = update_actor(cfg, 0, replace(level.levels, policy=policy, online=critic), batch)
     assert batch.advantages is not None
     return batch.advantages[batch.mask].tolist(), logged
 
@@ -622,7 +628,7 @@ NUMBER = "it is a number of things. Give 0 or more."
     ("settings", "message"),
     [
         *(({name: 0}, f"{name} = 0: {COUNT}") for name in ("steps", "episodes_per_step", "max_turns", "n_step")),
-        *(({name: 0}, f"{name} = 0: {COUNT}") for name in ("replay_capacity", "critic_updates", "critic_episodes")),
+        *(({name: 0}, f"{name} = 0: {COUNT}") for name in ("replay_capacity", "actor_updates", "critic_episodes")),
         *(({name: 0}, f"{name} = 0: {COUNT}") for name in ("fresh_updates", "target_every", "actor_episodes")),
         ({"tokens_per_pass": 0}, f"tokens_per_pass = 0: {COUNT}"),
         ({"fresh_states": -1}, f"fresh_states = -1: {NUMBER}"),
