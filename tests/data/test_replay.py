@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon.data.packing import pack
-from echelon.data.replay import Replay, Transition, transitions
+from echelon.data.replay import Replay, Transition, examples, mc_returns, transitions
 from echelon.errors import ConfigError, DataError
 from echelon.types import Episode, Turn
 
@@ -279,3 +279,28 @@ def test_an_empty_replay_says_so() -> None:
 def test_a_replay_holds_at_least_one_transition() -> None:
     with pytest.raises(ConfigError, match="capacity = 0"):
         Replay(0)
+
+
+def test_the_best_episodes_are_drawn_alone() -> None:
+    """Returns 0, 3, 1, 3, 2: the upper two fifths are the second and the fourth."""
+    replay = Replay(100)
+    replay.add([transitions(chain(reward), "actor", gamma=1.0) for reward in (0.0, 3.0, 1.0, 3.0, 2.0)])
+    for top, expected in ((0.4, {1, 3}), (0.6, {1, 3, 4}), (0.2, {3}), (0.01, {3}), (1.0, {0, 1, 2, 3, 4})):
+        drawn = replay.sample_episodes(60, seed=1, top=top)
+        assert {episode[0].episode for episode in drawn} == expected
+        assert drawn == replay.sample_episodes(60, seed=1, top=top)
+
+
+def test_the_best_are_those_whose_return_from_the_first_state_is_highest() -> None:
+    replay = Replay(100)
+    replay.add([transitions(chain(*rewards), "actor", gamma=0.5) for rewards in ((0.0, 5.0), (3.0, 0.0))])
+    assert replay.sample_episodes(1, seed=0, top=0.5)[0][0].mc_return == 3.0  # 2.5 for the other, whose end is better
+
+
+def test_what_was_said_and_what_followed_are_read_from_transitions() -> None:
+    found = [transitions(chain(1.0, 2.0), "actor", gamma=0.5), transitions(chain(4.0), "actor", gamma=0.5)]
+    assert mc_returns(found).tolist() == [2.0, 2.0, 4.0]
+    assert [(example.prompt, example.action) for example in examples(found)] == [
+        (step.state, step.action) for episode in found for step in episode
+    ]
+    assert pack(examples(found)).logprobs is None, "nobody knows with which probability it was said"

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from echelon.config import LoraConfig
 from echelon.data.packing import Sampled, pack, pack_branches
-from echelon.models.heads import Places, Spans, TokenValue, UtteranceCritic, hidden_size, token_values
+from echelon.errors import CheckpointError
+from echelon.models import lora
+from echelon.models.encoder import TextEncoder
+from echelon.models.heads import (
+    Places,
+    Spans,
+    TokenValue,
+    UtteranceCritic,
+    critic_like,
+    hidden_size,
+    token_values,
+    values_before,
+)
 from echelon.models.lm import attention_inputs, backbone, tiny
 from echelon.ops import bellman
+from echelon.ops.scales import Scale
+from echelon.train.learner import load_module, save_module
+from tests.models.test_encoder import small_bert
 
 TURNS = [
     Sampled([5, 6, 7], [8, 9], [0.0] * 2),
@@ -163,3 +180,101 @@ def test_heads_of_a_half_precision_body_are_float32() -> None:
 
 def test_the_width_is_that_of_the_hidden_states() -> None:
     assert hidden_size(language_model()) == 32
+
+
+def test_values_before_tokens_are_those_of_each_turn_alone_in_rows_with_branches_too() -> None:
+    value = TokenValue.from_lm(language_model())
+    torch.nn.init.normal_(value.head.weight)
+    turns = [*TURNS, Sampled([5, 6, 7], [20, 21], [0.0] * 2)]
+    alone = [values_before(value, pack([turn]))[0, len(turn.prompt) :] for turn in turns]
+    for layout in (pack, pack_branches):
+        batch = layout(turns)
+        found = values_before(value, batch)
+        assert found[~batch.mask].eq(0).all()
+        for index, expected in enumerate(alone):
+            torch.testing.assert_close(found[batch.turn == index], expected, atol=1e-6, rtol=0)
+
+
+READS = tiny(["a b c"], vocab_size=270, hidden=32, layers=2, heads=2)[1]
+
+
+def critic_of(kind: str, folder: Path, seed: int) -> tuple[Any, UtteranceCritic]:
+    """A language model, and a critic of each kind whose values differ a lot from place to place."""
+    module = language_model()
+    if "encoder" in kind:
+        encoder = TextEncoder.load(str(small_bert(folder / f"bert{seed}", seed=seed)), READS)
+        critic = UtteranceCritic.from_encoder(encoder)
+    elif kind == "another model":
+        wide = tiny(["a b c"], vocab_size=270, hidden=48, layers=1, heads=2, seed=seed)[0]
+        critic = UtteranceCritic.from_lm(wide)
+    elif kind == "adapter":
+        module = lora.attach(module, LoraConfig(rank=2))
+        critic = UtteranceCritic.from_lm(module)
+    else:
+        scale = {"symlog": Scale("symlog"), "range": Scale("range", -20.0, 0.0)}.get(kind, Scale())
+        critic = UtteranceCritic.from_lm(language_model(seed), shared_body=False, scale=scale)
+        if kind == "actor":
+            critic = UtteranceCritic.from_lm(module, shared_body=True)
+    for head in (*critic.q, *critic.v):
+        torch.nn.init.normal_(head[-1].weight)  # type: ignore[index, arg-type]
+    return module, critic
+
+
+KINDS = ["own", "actor", "encoder", "another model", "adapter", "symlog", "range"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_critic_that_was_saved_says_the_same_in_a_process_that_knows_the_actor_only(
+    kind: str, tmp_path: Path
+) -> None:
+    module, critic = critic_of(kind, tmp_path, seed=3)
+    save_module(critic, tmp_path / "saved")
+    other = critic_like(tmp_path / "saved", module, READS)
+    batch = pack(TURNS)
+    assert not judged(other, batch)[0].isclose(judged(critic, batch)[0]).any(), "it has weights of its own until then"
+    load_module(other, tmp_path / "saved")
+    for one, same in zip(judged(critic, batch), judged(other, batch), strict=True):
+        assert one.equal(same)
+    assert {file.suffix for file in (tmp_path / "saved").rglob("*") if file.is_file()} <= {
+        ".json",
+        ".jinja",
+        ".safetensors",
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_target_of_every_kind_is_another_one_that_lags(kind: str, tmp_path: Path) -> None:
+    _, critic = critic_of(kind, tmp_path, seed=3)
+    target, batch = critic.target(), pack(TURNS)
+    before = judged(target, batch)[0]
+    assert before.equal(judged(critic, batch)[0])
+    learned = {parameter.data_ptr() for parameter in critic.parameters() if parameter.requires_grad}
+    assert learned.isdisjoint(parameter.data_ptr() for parameter in target.parameters())
+    optimizer = torch.optim.SGD([parameter for parameter in critic.parameters() if parameter.requires_grad], lr=0.1)
+    judged(critic, batch)[0].sum().backward()
+    optimizer.step()
+    assert judged(target, batch)[0].equal(before)
+    bellman.polyak_(target, critic, 0.5)
+    moved = judged(target, batch)[0]
+    assert not moved.equal(before)
+    assert not moved.equal(judged(critic, batch)[0])
+    bellman.hard_copy_(target, critic)
+    torch.testing.assert_close(judged(target, batch)[0], judged(critic, batch)[0])
+
+
+def test_a_saved_critic_of_one_kind_is_no_other(tmp_path: Path) -> None:
+    _, critic = critic_of("own", tmp_path, seed=0)
+    save_module(critic, tmp_path / "saved")
+    _, encoder = critic_of("encoder", tmp_path, seed=0)
+    with pytest.raises(CheckpointError, match="another model was saved there"):
+        load_module(encoder, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind", ["symlog", "range"])
+def test_a_critic_on_a_scale_starts_at_a_value(kind: str, tmp_path: Path) -> None:
+    _, critic = critic_of(kind, tmp_path, seed=0)
+    for head in (*critic.q, *critic.v):
+        torch.nn.init.zeros_(head[-1].weight)  # type: ignore[index, arg-type]
+    critic.start_at(-7.5)
+    for values in judged(critic, pack(TURNS)):
+        torch.testing.assert_close(values, torch.full_like(values, -7.5))

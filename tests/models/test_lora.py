@@ -263,6 +263,30 @@ def test_several_adapters_take_turns_on_one_model(folder: Path) -> None:
         pass
 
 
+def test_what_was_frozen_is_frozen_after_another_adapter_had_its_turn(folder: Path, tmp_path: Path) -> None:
+    save_module(taught(lora.attach(base(folder), SMALL)), tmp_path)
+    module = lora.load(base(folder), str(tmp_path), trains=False)
+    lora.attach(module, SMALL, name="high")
+    assert learning(module) == set()
+    with lora.use(module, "high"):
+        assert learning(module) == {name for name in learning(module) if ".high." in name} != set()
+    assert learning(module) == set()
+    assert lora.speaking(module) == "default"
+
+
+@pytest.mark.parametrize("whole", ["embeddings", "head"])
+def test_embeddings_that_are_the_head_learn_as_one_matrix(whole: str, folder: Path) -> None:
+    module: Any = lora.attach(base(folder), LoraConfig(rank=2, modules_to_save=WHOLE[whole]))
+    Learner(module, OptimConfig(lr=1e-2)).update([some_batch()], imitate)
+    below = base(folder).get_input_embeddings().weight  # type: ignore[operator]
+    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+    assert lora.spoken_through(head).weight is lora.spoken_through(embedding).weight
+    moved = distance(lora.spoken_through(head).weight.detach(), below.detach())
+    assert moved == pytest.approx(1e-2, rel=1e-3), "Adam's first step"
+    with lora.off(module):
+        assert lora.spoken_through(head).weight.equal(below)
+
+
 def test_two_levels_learn_and_speak_through_two_adapters_of_one_model(folder: Path, tmp_path: Path) -> None:
     module, tokenizer = lora.attach(base(folder), SMALL, name="high"), load_tokenizer(str(folder))
     lora.attach(module, SMALL, name="low")

@@ -23,9 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from echelon import cli
+from echelon.errors import DataError
 from echelon.models import lora
 from echelon.models.lm import tiny
 from echelon.models.reward import SCALE, load_reward_model
+from echelon.recipes.merge import compare
 from echelon.text.chat import Renderer
 from echelon.types import Message
 from tests.recipes.preferences import reader, write_pairs
@@ -334,6 +336,20 @@ def test_a_correct_merge_is_not_refused_for_what_rounding_does(merge: Merge, tmp
         below = made(tmp_path / f"base {seed}", seed=seed, dtype=torch.bfloat16)
         saved = adapter(below, tmp_path / f"adapter {seed}", seed=seed, lora_alpha=18)
         merge(saved, out=f"merged {seed}")
+
+
+def test_one_logit_counts_in_float32_and_the_mean_in_16_bits() -> None:
+    """One of a thousand is off by a hundredth, a mean of 1e-5; then all of them are."""
+    expected, one = torch.ones(1000), torch.ones(1000)
+    one[3] = 1.01
+    with pytest.raises(DataError, match=r"in memory, .* logits differ by 0.01, and rounding explains 0.001\."):
+        compare(one, expected, "float32", "in memory")
+    assert compare(one, expected, "float16", "written") == pytest.approx(0.01)
+    with pytest.raises(DataError, match=r"logits differ by 0.02, and rounding explains 0.01\."):
+        compare(1.02 * expected, expected, "float16", "written")
+    with pytest.raises(DataError):
+        compare(torch.full_like(expected, torch.nan), expected, "bfloat16", "written")
+    assert compare(0 * expected, 0 * expected, "float32", "in memory") == 0, "a reward model that has not learned yet"
 
 
 def spoil(module: Any) -> Any:
