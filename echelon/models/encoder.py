@@ -77,7 +77,7 @@ class TextEncoder(nn.Module):
                 f"the tokenizer of '{path}' has no padding token, so texts of different lengths cannot be read "
                 "together. Set tokenizer.pad_token and save it again."
             )
-        if whole.config.is_encoder_decoder:
+        if hasattr(whole, "encoder") and hasattr(whole, "decoder"):
             whole = whole.get_encoder()
         if isinstance(getattr(whole, "pooler", None), nn.Module):
             whole.pooler = None  # not read, so it would never learn

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
+from transformers import BertConfig, BertModel, T5Config, T5Model
 
 from echelon.data.packing import Sampled, pack, pack_branches
 from echelon.errors import DataError
@@ -123,7 +123,7 @@ def test_a_gradient_reaches_all_that_is_trained_and_nothing_is_dropped(bert: Tex
 def test_the_encoder_of_an_encoder_decoder_is_taken(tmp_path: Path) -> None:
     tokenizer = tiny([WORDS], vocab_size=290, hidden=16, layers=1, heads=1)[1]
     config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    T5EncoderModel(config).save_pretrained(tmp_path)
+    T5Model(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     encoder = TextEncoder.load(str(tmp_path), READS)
     assert encoder(["red", "blue key"]).shape == (2, 16)

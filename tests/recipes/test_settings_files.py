@@ -39,9 +39,9 @@ ALSO = {
     "grpo/dapo.yaml": ["--replacements", "0"],
     "ppo/math.yaml": ["--sampling.max-tokens", "8"],
     "ppo/rlhf.yaml": ["--sampling.max-tokens", "8"],
-    "rank/recurve.yaml": ["--sampling.max-tokens", "8"],
+    "rank/recurve.yaml": ["--sampling.max-tokens", "8", "--model.path", "models/base"],
 }
-"""What is cut in one of them: a random model has no groups that differ, and talks to the end."""
+"""What is cut in one of them: a random model has no groups that differ, and talks to the end; and no hub is asked."""
 
 
 @pytest.fixture(scope="module")
