@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, masters: Sequ
             tensors[name] = value
         else:
             numbers[name] = value
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "optimizer.safetensors")
+    save_file(dict(_apart(tensors)), folder / "optimizer.safetensors")
     shapes = [list(parameter.shape) for parameter in _parameters(optimizer)]
     described = {**counters, "optimizer": type(optimizer).__name__, "shapes": shapes, "numbers": numbers}
     (folder / "optimizer.json").write_text(json.dumps(described), encoding="utf-8")
@@ -152,6 +152,15 @@ def _groups(parameters: Sequence[Tensor], optim: OptimConfig) -> list[dict[str, 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The same with memory of their own each: bitsandbytes has one table of levels for all weights."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        shared = tensor.data_ptr() in seen
+        seen.add(tensor.data_ptr())
+        yield name, tensor.clone() if shared else tensor.contiguous()
 
 
 def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -34,15 +34,14 @@ for _turn in TURNS:
     _turn.logprobs = [0.0] * len(_turn.action)
 
 
-def small_bert(folder: Path, *, positions: int = 64, seed: int = 0) -> Path:
+def small_bert(folder: Path, *, tokenizer: Any = None, width: int = 16, seed: int = 0) -> Path:
     """The folder of an encoder with random weights and a tokenizer of its own."""
-    tokenizer = tiny([WORDS], vocab_size=290, hidden=16, layers=1, heads=1)[1]
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    tokenizer = tokenizer or tiny([WORDS], vocab_size=290, hidden=16, layers=1, heads=1)[1]
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 2 * width}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=positions, **sizes)).save_pretrained(
-            folder
-        )
+        BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

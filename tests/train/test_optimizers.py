@@ -278,20 +278,24 @@ def fake_bitsandbytes() -> ModuleType:
 
 
 class Packed(torch.optim.AdamW):
-    """Keeps a number and nested tensors in its state, as bitsandbytes does."""
+    """Keeps a number, nested tensors and one tensor that all weights share in its state, as bitsandbytes does."""
+
+    LEVELS = torch.linspace(-1, 1, 256)
 
     def state_dict(self) -> dict[str, Any]:
         found = super().state_dict()
         states = found["state"].items()
-        return {**found, "state": {index: {"step": 3, "packed": dict(entry)} for index, entry in states}}
+        more = {"step": 3, "levels": self.LEVELS}
+        return {**found, "state": {index: {**more, "packed": dict(entry)} for index, entry in states}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         states = state_dict["state"].items()
-        assert all(entry["step"] == 3 for _, entry in states)
+        assert len(states) == 2
+        assert all(entry["step"] == 3 and entry["levels"].equal(self.LEVELS) for _, entry in states)
         super().load_state_dict({**state_dict, "state": {index: entry["packed"] for index, entry in states}})
 
 
-def test_numbers_and_nested_tensors_in_a_state_survive_a_kill(tmp_path: Path) -> None:
+def test_numbers_and_nested_and_shared_tensors_in_a_state_survive_a_kill(tmp_path: Path) -> None:
     def fresh() -> Learner:
         learner = Learner(line(), OptimConfig())
         learner.optimizer = Packed(learner.masters, lr=1e-3, weight_decay=0.0)
