@@ -21,7 +21,7 @@ from echelon.data.replay import Replay, Transition
 from echelon.envs import load_env
 from echelon.errors import ConfigError
 from echelon.models.heads import UtteranceCritic, values_before
-from echelon.models.lm import load_tokenizer, token_logprobs
+from echelon.models.lm import token_logprobs
 from echelon.recipes import archer
 from echelon.recipes.archer import Config, Levels, credit, open_levels, update_actor, update_critic
 from echelon.rollout.critics import saved_critic
