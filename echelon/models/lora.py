@@ -212,7 +212,7 @@ def keep_start(module: nn.Module) -> None:
 @contextmanager
 def as_it_began(module: nn.Module) -> Iterator[None]:
     """Within, a model with an adapter says what it said when `keep_start` was called; others stay as they are."""
-    with off(module):
+    with use(module, START) if START in names(module) else off(module):
         yield
 
 
@@ -222,14 +222,12 @@ def merge(module: nn.Module) -> nn.Module:
     Weights that an adapter trained apart although they were tied stay apart.
     """
     adapted: Any = module
-    head, embedding = adapted.get_output_embeddings(), adapted.get_input_embeddings()
     tied = bool(getattr(adapted.config.get_text_config(), "tie_word_embeddings", False))
     with _no_advice():
         merged: Any = adapted.merge_and_unload(safe_merge=True)
-    if tied and head is not None:
-        head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
-        if not head.weight.equal(embedding.weight):
-            merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if tied and head is not None and not head.weight.equal(embedding.weight):
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
     return merged.requires_grad_(True)  # type: ignore[no-any-return]
 
 

@@ -186,7 +186,10 @@ def test_values_before_tokens_are_those_of_each_turn_alone_in_rows_with_branches
     value = TokenValue.from_lm(language_model())
     torch.nn.init.normal_(value.head.weight)
     turns = [*TURNS, Sampled([5, 6, 7], [20, 21], [0.0] * 2)]
-    alone = [values_before(value, pack([turn]))[0, len(turn.prompt) :] for turn in turns]
+    alone = []
+    for turn in turns:
+        after = value(torch.tensor([[*turn.prompt, *turn.action]]))[0]
+        alone.append(after[len(turn.prompt) - 1 : -1])  # what the token before each one saw
     for layout in (pack, pack_branches):
         batch = layout(turns)
         found = values_before(value, batch)

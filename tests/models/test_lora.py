@@ -215,8 +215,10 @@ def test_dropout_is_for_learning_only(folder: Path) -> None:
     learner = Learner(module, OptimConfig())
     first, again = (learner.evaluate(some_batch(), token_logprobs, 1000) for _ in range(2))
     assert first.equal(again)
-    value = TokenValue.from_lm(module)
-    assert value(IDS).equal(value(IDS))
+    value = TokenValue.from_lm(module).train()
+    nn.init.ones_(value.head.weight)
+    assert value(IDS).any()
+    assert value(IDS).equal(value(IDS)), "not in a critic's copy"
 
 
 @pytest.mark.parametrize("kind", ["value", "critic", "critic on the actor's body"])
@@ -305,6 +307,7 @@ def test_two_levels_learn_and_speak_through_two_adapters_of_one_model(folder: Pa
             assert distance(token_logprobs(module, batch)[batch.mask], batch.logprobs[batch.mask]) < 1e-4
 
     learners["high"].save(tmp_path / "high")
+    assert [path.parent.name for path in (tmp_path / "high").rglob(lora.WEIGHTS)] == ["high"]
     before = {name: parameter.clone() for name, parameter in module.named_parameters()}
     learners["high"].update([some_batch()], imitate)
     learners["high"].load(tmp_path / "high")

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from echelon import cli
-from echelon.config import ModelConfig, SamplingConfig, load
+from echelon.config import ModelConfig, OptimConfig, SamplingConfig, load
 from echelon.data.packing import Batch, Sampled, pack
 from echelon.data.replay import Replay, Transition
 from echelon.envs import load_env
 from echelon.errors import ConfigError
 from echelon.models.heads import UtteranceCritic, values_before
-from echelon.models.lm import token_logprobs
+from echelon.models.lm import load_tokenizer, token_logprobs
 from echelon.recipes import archer
 from echelon.recipes.archer import Config, Levels, credit, open_levels, update_actor, update_critic
 from echelon.rollout.critics import saved_critic
@@ -278,7 +278,9 @@ def test_the_token_baseline_is_subtracted_and_pulled_towards_the_advantage(
 
 
 def test_every_actor_update_of_a_step_draws_anew(levels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = config(actor_updates=3, actor_episodes=2, sampling=SamplingConfig(max_tokens=3, temperature=2.0))
+    fast = PolicyConfig(loss="reinforce", optim=OptimConfig(lr=0.03))
+    sampling = SamplingConfig(max_tokens=3, temperature=2.0)
+    cfg = config(actor_updates=3, actor_episodes=2, sampling=sampling, policy=fast)
     both, seen = levels(cfg), learned(monkeypatch)
     logged = update_actor(cfg, 0, both, pack([Sampled([3], [4], [0.0])]))
     assert both.policy.version == 3
@@ -554,9 +556,13 @@ LEARNED: dict[str, tuple[object, ...]] = {
 @pytest.mark.learning
 @pytest.mark.parametrize("variant", LEARNED)
 def test_on_line_it_learns_which_key_fits_which_door(
-    train: Train, apprentice: Path, encoder: Path, variant: str
+    train: Train, apprentice: Path, tmp_path: Path, variant: str
 ) -> None:
-    """The share of doors opened, first three steps to last three, with seed 0."""
+    """The share of doors opened, first three steps to last three, with seed 0: from 0.54 to 0.92 (implicit Q-learning),
+    0.99 (regression, filtered cloning, which has learned some by step 3), 0.96 to 0.98 (CHAI, Q, policy gradient, hard
+    targets, range, symlog, encoder), 0.82 (trunk), 0.75 (token baseline). With seeds 1 and 2 the encoder reaches 0.99
+    and 0.96, the trunk 0.85 and 0.67, the token baseline 0.90 and 0.87."""
+    encoder = small_bert(tmp_path / "encoder", tokenizer=load_tokenizer(str(apprentice)), width=32)
     flags = ("--model.path", apprentice, "--env", "text_lock", "--env-settings", "doors=2", "keys=3")
     flags += ("--sampling.max-tokens", 4, "--steps", 18, "--warmup-steps", 6, "--critic-updates", 16)
     flags += ("--critic-episodes", 32, "--critic-optim.lr", 3e-3)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echelon.config import ModelConfig, SamplingConfig
+from echelon.config import LoraConfig, ModelConfig, SamplingConfig
 from echelon.errors import CheckpointError, DataError
+from echelon.models import lora
 from echelon.models.lm import tiny
 from echelon.rollout import setup
 from echelon.rollout.setup import describe, model_path, open_actor, open_env, set_threads, task_batch, usable_cores
+from echelon.train.learner import save_module
 from echelon.types import Episode, SamplingParams, Task
 
 
@@ -69,6 +73,32 @@ def test_other_sampling_can_be_asked_for(folder: Path) -> None:
     config = ModelConfig(path=str(folder), device="cpu")
     actor = open_actor(config, SamplingConfig(), params=SamplingParams(temperature=0, top_k=3))
     assert (actor.role.params.temperature, actor.role.params.top_k) == (0, 3)
+
+
+def test_of_an_actor_with_an_adapter_only_that_learns(folder: Path, tmp_path: Path) -> None:
+    config = ModelConfig(path=str(folder), device="cpu")
+    plain = open_actor(config, SamplingConfig())
+    assert lora.names(plain.module) == []
+    actor = open_actor(config, SamplingConfig(), lora=LoraConfig(rank=2))
+    assert all(".lora_" in name for name, parameter in actor.module.named_parameters() if parameter.requires_grad)
+    assert actor.sampler.module is actor.module
+    save_module(actor.module, tmp_path / "adapter", actor.tokenizer)
+
+    goes_on = open_actor(replace(config, path=str(tmp_path / "adapter")), SamplingConfig())
+    on_top = open_actor(replace(config, path=str(tmp_path / "adapter")), SamplingConfig(), lora=LoraConfig(rank=3))
+    ranks = [each.module.peft_config["default"].r for each in (actor, goes_on, on_top)]
+    assert ranks == [2, 2, 3]
+    assert all(lora.names(each.module) == ["default"] for each in (goes_on, on_top))
+
+
+def test_of_a_run_that_kept_its_best_model_that_one_is_meant(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copytree(folder, run / "best")
+    assert model_path(str(run)) == str(run / "best")
+    (run / "best" / "config.json").unlink()
+    (run / "best" / lora.CONFIG).touch()
+    assert model_path(str(run)) == str(run / "best")
 
 
 def test_a_path_that_is_no_run_is_left_to_the_loader(tmp_path: Path, folder: Path) -> None:
