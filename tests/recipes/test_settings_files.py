@@ -36,6 +36,7 @@ FEWER = {
 }
 """What is cut, by recipe."""
 ALSO = {
+    "archer/paper.yaml": ["--critic-body", "own", "--critic-path", "models/base"],
     "grpo/dapo.yaml": ["--replacements", "0"],
     "ppo/math.yaml": ["--sampling.max-tokens", "8"],
     "ppo/rlhf.yaml": ["--sampling.max-tokens", "8"],
@@ -54,7 +55,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for place in ("runs/tiny", "runs/sft", "runs/twenty_questions/untrained", "runs/twenty_questions/sft"):
         module.save_pretrained(folder / place)
         tokenizer.save_pretrained(folder / place)
-    for place in ("models/base", "runs/quickstart/warm", "runs/best_language/sft", "runs/text_lock/sft"):
+    also = (
+        "models/base",
+        "runs/quickstart/warm",
+        "runs/quickstart/tiny",
+        "runs/best_language/sft",
+        "runs/text_lock/sft",
+    )
+    for place in also:
         shutil.copytree(folder / "runs/tiny", folder / place)
     shutil.copytree(ROOT / "examples", folder / "examples")
     write_data(folder / "data", questions)
@@ -64,6 +72,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         run("reward", ROOT / "configs/reward/tiny.yaml", "runs/reward")
         words = ["sft", str(ROOT / "configs/sft/twenty_questions.yaml"), "--lora.rank", "4", *STAGE]
         assert cli.main([*words, "--out", "runs/twenty_questions/sft_lora"]) == 0
+        words = ["evaluate", "--player", "random", "--env", "twenty_questions", "--env-settings", "subset=true"]
+        words += ["--episodes", "8", "--transitions", "runs/random.jsonl", "--out", "runs/random"]
+        assert cli.main(words) == 0
         yield folder
 
 
