@@ -188,7 +188,7 @@ def test_calls_from_several_threads_get_their_own_answers() -> None:
 def test_a_waiting_program_is_not_ended_for_time_others_compute() -> None:
     """Processor time counts, not the clock alone: a busy machine ends no innocent program."""
     with Program("def nap(s):\n    import time\n    time.sleep(s)\n", limits=LIMITS, modules=("time",)) as program:
-        program.call("nap", 0.5)
+        assert program.call("nap", 0.5) is None
 
 
 def test_run_code_returns_what_was_printed() -> None:
