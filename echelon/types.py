@@ -78,6 +78,8 @@ class Turn:
     """Where this role's earlier actions begin in the prompt: the places at which an over-long prompt is cut."""
     heard: Sequence[Message] = ()
     """What was said to this role since it last spoke on this branch: the messages behind the new part of the prompt."""
+    afresh: bool = False
+    """Its role began a new conversation with it: the prompt is `heard` alone, whatever it had said before."""
 
 
 @dataclass(slots=True)
@@ -118,12 +120,13 @@ class Episode:
         return path[::-1]
 
     def conversation(self, turn: Turn) -> list[Message]:
-        """The prompt of `turn` as messages: what its role had heard and said on its branch before it.
-
-        Utterances between which it heard nothing are one message.
+        """The prompt of `turn` as messages: what its role had heard and said on its branch before it, since it last began
+        afresh. Utterances between which it heard nothing are one message.
         """
         messages: list[Message] = []
         for own in (other for other in self.path(turn) if other.role == turn.role):
+            if own.afresh:
+                messages.clear()
             messages += own.heard
             if own is turn:
                 break

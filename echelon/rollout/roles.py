@@ -35,15 +35,16 @@ class Role:
         messages: Sequence[Message],
         parent: Turn | None = None,
         *,
+        afresh: bool = False,
         stop_when: Callable[[str], bool] | None = None,
     ) -> Turn:
         """Answer `messages`, what is new since this role last spoke on the branch that ends at `parent`.
 
         The prompt continues the exact tokens of that earlier turn; without messages the role goes on with what it was
-        saying. The answer becomes a turn of the episode, a child of `parent`; its random stream depends on its place
+        saying. `afresh` begins a new conversation instead: `messages` are all it knows. The answer becomes a turn of the episode, a child of `parent`; its random stream depends on its place
         in the tree alone, not on what else is being sampled. It ends where `stop_when` is true of its text, too.
         """
-        prompt, starts = self._prompt(episode, messages, parent)
+        prompt, starts = self._prompt(episode, messages, None if afresh else parent)
         siblings = len(episode.children(parent))
         seed = derive_seed(episode.seed if parent is None else parent.seed, self.name, siblings)
         turn = Turn(
@@ -57,6 +58,7 @@ class Role:
             seed=seed,
             starts=starts,
             heard=tuple(messages),
+            afresh=afresh,
         )
         episode.turns.append(turn)  # before sampling, so that siblings sampled meanwhile know their place
         params = replace(self.params, seed=seed, stop_when=stop_when or self.params.stop_when)
@@ -66,7 +68,7 @@ class Role:
         return turn
 
     def state(self, episode: Episode, messages: Sequence[Message], parent: Turn | None) -> list[int]:
-        """The tokens this role would see next: what a truncated episode bootstraps from."""
+        """The tokens this role would see next: what a truncated episode bootstraps from. Without parent, afresh."""
         return self._prompt(episode, messages, parent)[0]
 
     def _prompt(

@@ -169,6 +169,30 @@ def by_hand() -> Episode:
     return Episode("add", turns=turns, ending="terminated")
 
 
+def test_a_role_that_begins_afresh_knows_only_what_it_is_told_now() -> None:
+    async def play(task: Task, episode: Episode) -> None:
+        solver = scripted_roles()["solver"]
+        first = await solver.act(episode, user("2 + 3?"))
+        second = await solver.act(episode, user("right or wrong?"), first, afresh=True)
+        await solver.act(episode, user("try again."), second)
+        episode.ending = "terminated"
+
+    (episode,) = asyncio.run(collect(TASKS[:1], play, seed=0))
+    first, second, third = episode.turns
+    assert [turn.afresh for turn in episode.turns] == [False, True, False]
+    assert second.parent == 0 and second.seed != first.seed
+    assert second.prompt == Renderer(tokenizer()).render(user("right or wrong?"))
+    assert third.prompt[: len(second.prompt)] == second.prompt
+    assert [message["content"] for message in episode.conversation(third)] == [
+        "right or wrong?",
+        second.text,
+        "try again.",
+    ]
+    batch = pack(episode.turns)
+    assert len(batch.tokens) == 2, "one row for the first conversation, one for the other"
+    assert batch.row_N.tolist() == [0, 1, 1]
+
+
 def test_values_of_a_tree_by_hand() -> None:
     episode = by_hand()
     assert [episode.value(turn) for turn in episode.turns] == [1.0, 0.5, 1.5, 1.0, 0.0, 1.0, 1.0]
