@@ -119,7 +119,19 @@ def _run(recipe: str, words: list[str], package: str) -> None:
         _explain(recipe, module)
         return
     split = next((at for at, word in enumerate(words) if word.startswith("-")), len(words))
-    module.main(config.load(module.Config, words[:split], words[split:]))
+    files, flags = words[:split], words[split:]
+    if folder := getattr(module, "FOLDER", None):
+        files, flags = _take_folder(folder, files, flags)
+    module.main(config.load(module.Config, files, flags))
+
+
+def _take_folder(setting: str, files: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
+    """Files and flags, where one word before the flags may be no settings file but a run, or another model."""
+    is_file = {word: Path(word).is_file() or Path(word).suffix in (".yaml", ".yml") for word in files}
+    others = [word for word in files if not is_file[word]]
+    if len(others) > 1:
+        raise ConfigError(f"unexpected '{others[1]}' after '{others[0]}': one model at a time.")
+    return [word for word in files if is_file[word]], [*(f"--{setting}={word}" for word in others), *flags]
 
 
 def _explain(recipe: str, module: Any) -> None:

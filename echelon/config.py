@@ -250,37 +250,46 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """What every run has. A recipe's Config inherits it; its `__post_init__` calls `super().__post_init__()` first."""
+class CommandConfig:
+    """What every command has. A Config inherits it; its `__post_init__` calls `super().__post_init__()` first."""
+
+    seed: int = 0
+    """All randomness of the run derives from it."""
+    threads: int = 0
+    """CPU threads for tensor work; 0 takes one for each half million parameters, at most the cores there are."""
+    dry_run: bool = False
+    """Resolve the settings, print sizes and memory, and stop before any work."""
+
+    def __post_init__(self) -> None:
+        demand(self, "seed", self.seed >= 0, "seeds are not negative. Give 0 or more.")
+        demand(self, "threads", self.threads >= 0, "threads are counted. Give 0 to have them chosen.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(CommandConfig):
+    """What every command has that learns step by step."""
 
     out: str
     """Run directory: checkpoints, metrics and episodes are written here."""
-    seed: int = 0
-    """All randomness of the run derives from it."""
     resume: bool = False
     """Continue from the newest whole checkpoint in the run directory."""
     save_every: int = 50
     """Steps between checkpoints; 0 saves at the start and at the end only."""
     keep_last: int = 2
     """Checkpoints kept; older ones are deleted."""
-    threads: int = 0
-    """CPU threads for tensor work; 0 takes one for each half million parameters, at most the cores there are."""
-    dry_run: bool = False
-    """Resolve the settings, print sizes and memory, and stop before training."""
     log: LogConfig = LogConfig()
     """Trackers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "out")
-        demand(self, "seed", self.seed >= 0, "seeds are not negative. Give 0 or more.")
         demand(self, "save_every", self.save_every >= 0, "it counts steps. Give 0 to save at the end only.")
         demand(self, "keep_last", self.keep_last >= 1, "a run with no checkpoint cannot be resumed. Keep at least 1.")
-        demand(self, "threads", self.threads >= 0, "threads are counted. Give 0 to have them chosen.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig(RunConfig):
-    """Where a policy that learns by trying finds its tasks and its rewards: an environment, or prompts and rewards."""
+class PlayConfig(CommandConfig):
+    """Where a policy that plays finds its tasks and its rewards: an environment, or prompts and rewards."""
 
     env: str = ""
     """The environment: a built-in name, path.py:Class, module:Class or tasks.yaml. Or else give data.path."""
@@ -291,8 +300,8 @@ class TaskConfig(RunConfig):
     data: DataConfig = DataConfig()
     """Prompts to answer once each, in place of an environment."""
     reward: tuple[str, ...] = ()
-    """What completions earn, on top of what the environment gives: path.py:function, module:function, or the folder of
-    a reward model."""
+    """What completions earn, on top of what the environment gives: path.py:function, module:function, the folder of a
+    reward model, or code, which runs the program in them against the tests of the row."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward; without it all weigh 1."""
 
@@ -303,12 +312,17 @@ class TaskConfig(RunConfig):
                 "env is missing: nothing says what to do. Give --env, or --data.path with prompts and --reward."
             )
         demand(self, "env", not (self.env and self.data.path), "data.path gives tasks too. Keep one of the two.")
-        because = "nothing says what an answer is worth. Give path.py:function or the folder of a reward model."
+        because = "nothing says what an answer is worth. Give path.py:function, a reward model's folder, or code."
         demand(self, "reward", bool(self.reward or self.env), because)
         fits = not self.reward_weights or len(self.reward_weights) == len(self.reward)
         demand(self, "reward_weights", fits, f"rewards: {len(self.reward)}. Give one weight for each, or none.")
         finite = all(math.isfinite(weight) for weight in self.reward_weights)
         demand(self, "reward_weights", finite, "a weight is a finite number.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(PlayConfig, RunConfig):
+    """The same for a policy that learns by trying."""
 
 
 def load(config: type[Config], files: Sequence[str | Path] = (), flags: Sequence[str] = ()) -> Config:

@@ -80,6 +80,8 @@ class Turn:
     """What was said to this role since it last spoke on this branch: the messages behind the new part of the prompt."""
     afresh: bool = False
     """Its role began a new conversation with it: the prompt is `heard` alone, whatever it had said before."""
+    info: dict[str, float] = field(default_factory=dict)
+    """Numbers to log about this turn alone."""
 
 
 @dataclass(slots=True)

@@ -9,8 +9,9 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any, Generic, Literal, TypeVar, overload
 
@@ -20,7 +21,7 @@ from echelon.data.sources import Source, Table, open_tables
 from echelon.errors import ConfigError, DataError
 from echelon.seeds import derive_seed
 
-__all__ = ["Preference", "Prompt", "Row", "Schema", "Sft", "Split", "load_rows", "mix", "share"]
+__all__ = ["Kind", "Preference", "Prompt", "Row", "Schema", "Sft", "Split", "load_kind", "load_rows", "mix", "share"]
 
 AnyRow = TypeVar("AnyRow")
 
@@ -31,6 +32,17 @@ class Split(Generic[AnyRow]):
 
     train: list[AnyRow]
     held_out: list[AnyRow]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[AnyRow]):
+    """Rows of one kind: how they are read from a source, and what tells them apart."""
+
+    read: Callable[[Source], Iterator[AnyRow]]
+    identity: Callable[[AnyRow], list[Any]]
+    """What makes two rows the same one: it is not learned from where it is held out."""
+    kinship: Callable[[AnyRow], list[Any]]
+    """What keeps rows on one side of a split."""
 
 
 @overload
@@ -48,25 +60,31 @@ def load_rows(data: DataConfig, schema: Schema, *, seed: int, name: str = "data"
     what they say. `name` is the block of settings that complaints speak of. Raises DataError for the first row that is
     broken, ConfigError for settings that cannot work together, MissingExtra where `datasets` is needed.
     """
+    kind: Kind[Any] = Kind(partial(_read, schema=schema), identity, kinship)
+    return load_kind(data, kind, seed=seed, name=name)
+
+
+def load_kind(data: DataConfig, kind: Kind[AnyRow], *, seed: int, name: str = "data") -> Split[AnyRow]:
+    """What `load_rows` does, for rows of any kind."""
     sources = [_source(path, data, name) for path in data.path]
     _check(data, sources, name)
-    explicit, leaked = _held_out(data, schema, name), 0
-    known = {_digest(identity(row)) for row in explicit}
-    aside: list[Row] = []
+    explicit, leaked = _held_out(data, kind, name), 0
+    known = {_digest(kind.identity(row)) for row in explicit}
+    aside: list[AnyRow] = []
 
-    def trains(row: Row) -> bool:
+    def trains(row: AnyRow) -> bool:
         nonlocal leaked
-        if data.eval_fraction and share(row) < data.eval_fraction:
+        if data.eval_fraction and _share(kind.kinship(row)) < data.eval_fraction:
             aside.append(row)
             return False
-        leak = bool(known) and _digest(identity(row)) in known
+        leak = bool(known) and _digest(kind.identity(row)) in known
         leaked += leak
         return not leak
 
-    train = list(_draw([filter(trains, _read(source, schema)) for source in sources], data, seed))
+    train = list(_draw([filter(trains, kind.read(source)) for source in sources], data, kind, seed))
     if leaked:
         print(f"{name}: {leaked} rows are also held out, so they are left out of training.", file=sys.stderr)
-    held_out = _cap(explicit or aside, data.eval_limit)
+    held_out = _cap(explicit or aside, data.eval_limit, kind)
     _check_sides(data, train, held_out, name)
     return Split(train, held_out)
 
@@ -77,7 +95,11 @@ def share(row: Row) -> float:
     It depends on nothing else, so a row never changes sides, and whatever answers the same prompt is on the same side:
     in conversations, comparisons and prompts alike, so that no stage learns from what a later one is tested on.
     """
-    return int.from_bytes(_digest(kinship(row))) / 2**64
+    return _share(kinship(row))
+
+
+def _share(kinship: list[Any]) -> float:
+    return int.from_bytes(_digest(kinship)) / 2**64
 
 
 def mix(sources: Sequence[Iterable[AnyRow]], weights: Sequence[float], seed: int) -> Iterator[AnyRow]:
@@ -94,14 +116,14 @@ def mix(sources: Sequence[Iterable[AnyRow]], weights: Sequence[float], seed: int
             return
 
 
-def _draw(sources: Sequence[Iterator[Row]], data: DataConfig, seed: int) -> Iterable[Row]:
+def _draw(sources: Sequence[Iterator[AnyRow]], data: DataConfig, kind: Kind[AnyRow], seed: int) -> Iterable[AnyRow]:
     """The rows to train on, drawn from those of each source."""
     seeds = [derive_seed(seed, "data", number) for number in range(len(sources))]
     if data.streaming:
         streams = [_shuffled(rows, data.shuffle_buffer, seed) for rows, seed in zip(sources, seeds, strict=True)]
         return islice(mix(streams, data.weights or (1.0,), derive_seed(seed, "mixture")), data.limit)
     if not data.weights:
-        return _cap(list(chain.from_iterable(sources)), data.limit)
+        return _cap(list(chain.from_iterable(sources)), data.limit, kind)
     wholes = [list(rows) for rows in sources]
     for rows, own in zip(wholes, seeds, strict=True):
         random.Random(own).shuffle(rows)
@@ -119,11 +141,11 @@ def _shuffled(rows: Iterator[AnyRow], buffer: int, seed: int) -> Iterator[AnyRow
     yield from waiting
 
 
-def _cap(rows: list[Row], limit: int) -> list[Row]:
+def _cap(rows: list[AnyRow], limit: int, kind: Kind[AnyRow]) -> list[AnyRow]:
     """At most `limit` rows, chosen by a hash of what they say, in the order they came; 0 keeps all."""
     if not limit or len(rows) <= limit:
         return rows
-    ranks = sorted(range(len(rows)), key=lambda place: (_digest(identity(rows[place])), place))
+    ranks = sorted(range(len(rows)), key=lambda place: (_digest(kind.identity(rows[place])), place))
     return [rows[place] for place in sorted(ranks[:limit])]
 
 
@@ -132,18 +154,18 @@ def _source(path: str, data: DataConfig, name: str) -> Source:
     return Source(path, data.split, data.subset, data.streaming, **settings)
 
 
-def _held_out(data: DataConfig, schema: Schema, name: str) -> list[Row]:
+def _held_out(data: DataConfig, kind: Kind[AnyRow], name: str) -> list[AnyRow]:
     """The rows of eval_path or eval_split; a stream is cut where eval_limit says."""
     if not (data.eval_path or data.eval_split):
         return []
-    found: list[Row] = []
+    found: list[AnyRow] = []
     for path in data.eval_path or data.path:
         source = _source(path, data, name)
         if path not in data.path:  # the subset is one of `path`; what else is held out is named in full
             source = replace(source, subset="", path_setting=f"{name}.eval_path")
         if data.eval_split:
             source = replace(source, split=data.eval_split, split_setting=f"{name}.eval_split")
-        found.extend(islice(_read(source, schema), data.eval_limit if data.streaming and data.eval_limit else None))
+        found.extend(islice(kind.read(source), data.eval_limit if data.streaming and data.eval_limit else None))
     return found
 
 
@@ -202,7 +224,7 @@ def _check(data: DataConfig, sources: Sequence[Source], name: str) -> None:
         )
 
 
-def _check_sides(data: DataConfig, train: Sequence[Row], held_out: Sequence[Row], name: str) -> None:
+def _check_sides(data: DataConfig, train: Sequence[Any], held_out: Sequence[Any], name: str) -> None:
     if not train:
         raise DataError(
             f"{name}.path = {', '.join(data.path)}: every row is held out, so none is left to learn from. Give other "

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from echelon.errors import DataError
-from echelon.models.lm import _first_line, _no_dropout
+from echelon.models.lm import first_line, without_dropout
 
 if TYPE_CHECKING:
     from echelon.models.heads import Places, Spans
@@ -49,14 +49,14 @@ class TextEncoder(nn.Module):
 
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            _no_dropout(config)
+            without_dropout(config)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
             whole = AutoModel.from_pretrained(
                 path, config=config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
             )
         except Exception as error:
             raise DataError(
-                f"no encoder could be loaded from '{path}': {_first_line(error)} It must be a Hugging Face folder or "
+                f"no encoder could be loaded from '{path}': {first_line(error)} It must be a Hugging Face folder or "
                 "hub id with weights and a tokenizer."
             ) from error
         return cls._of(whole, tokenizer, reads, path)
@@ -67,7 +67,7 @@ class TextEncoder(nn.Module):
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         config = AutoConfig.from_pretrained(folder)
-        _no_dropout(config)
+        without_dropout(config)
         return cls._of(AutoModel.from_config(config), AutoTokenizer.from_pretrained(folder), reads, str(folder))
 
     @classmethod

@@ -40,14 +40,14 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _check_folder(path)
+    check_folder(path)
     if Path(path).is_dir() and lora.is_adapter(path) and not list(Path(path).glob("tokenizer*")):
         return load_tokenizer(lora.base_path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         raise DataError(
-            f"no tokenizer could be loaded from '{path}': {_first_line(error)} Save one there "
+            f"no tokenizer could be loaded from '{path}': {first_line(error)} Save one there "
             "(tokenizer.save_pretrained), next to the weights."
         ) from error
     return tokenizer
@@ -69,7 +69,7 @@ def load_lm(
     learning. With `gradient_checkpointing` each layer keeps its input only and is computed again for the gradient, in
     training mode (`module.train()`).
     """
-    _check_folder(path)
+    check_folder(path)
     if lora.is_adapter(path):
         return _load_adapted(
             path,
@@ -86,7 +86,7 @@ def load_lm(
     if lays_end_to_end(module):
         check_end_to_end(module)
     if gradient_checkpointing:
-        _enable_checkpointing(module)
+        enable_checkpointing(module)
     return module
 
 
@@ -113,7 +113,7 @@ def _load_whole(path: str, *, dtype: str, attention: str, device: str, trust_rem
     logging.disable_progress_bar()  # one bar is enough: the run's own
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        _no_dropout(config)
+        without_dropout(config)
         model = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -124,7 +124,7 @@ def _load_whole(path: str, *, dtype: str, attention: str, device: str, trust_rem
         )
     except Exception as error:
         raise DataError(
-            f"no causal language model could be loaded from '{path}': {_first_line(error)} "
+            f"no causal language model could be loaded from '{path}': {first_line(error)} "
             "It must be a Hugging Face folder with config.json and weights."
         ) from error
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
@@ -404,7 +404,7 @@ def _check_masks(module: nn.Module) -> None:
         both = module(input_ids=tokens[None], position_ids=position[None], attention_mask=mask, use_cache=False)
         error, reason = (both.logits[0, 4:].float() - expected).abs().mean() / expected.std(), "it ignores them"
     except (TypeError, ValueError, RuntimeError) as refusal:
-        error, reason = torch.tensor(torch.inf), _first_line(refusal).rstrip(".")
+        error, reason = torch.tensor(torch.inf), first_line(refusal).rstrip(".")
     if not error < (1e-3 if weight.dtype == torch.float32 else 0.03):
         raise DataError(
             f"{type(module).__name__} cannot be told by masks and positions which tokens see which ({reason}), so "
@@ -509,7 +509,8 @@ def _tiny_tokenizer(corpus: Sequence[str], vocab_size: int) -> Any:
     return tokenizer
 
 
-def _enable_checkpointing(module: Any) -> None:
+def enable_checkpointing(module: Any) -> None:
+    """Have each layer keep only its input. Raises DataError for a model that cannot."""
     try:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
@@ -518,25 +519,38 @@ def _enable_checkpointing(module: Any) -> None:
         ) from error
 
 
-def _no_dropout(config: Any) -> None:
-    """Dropout would make the trainer's distribution differ from the sampler's."""
+def without_dropout(config: Any) -> None:
+    """Set every dropout of a model's settings to 0: the trainer's distribution would differ from the sampler's."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():
             if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
                 setattr(part, name, 0.0)
 
 
-def _check_folder(path: str) -> None:
+def check_vocabulary(path: str, module: Any, tokenizer: Any) -> None:
+    """Raise DataError for a tokenizer that knows ids the model has no embedding for."""
+    rows = module.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise DataError(
+            f"'{path}': the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}, so it cannot "
+            "read all of them. Save the tokenizer that belongs to the model, or resize its embeddings."
+        )
+
+
+def check_folder(path: str) -> None:
+    """Raise DataError for a path that is no model folder and cannot be a hub id either."""
     if not path:
         raise DataError("model.path is empty: give a Hugging Face model folder or hub id, e.g. --model.path runs/tiny.")
     folder = Path(path)
     if folder.is_dir() and not ((folder / "config.json").is_file() or (folder / stacked.CONFIG).is_file()):
         raise DataError(f"'{path}' is a folder without config.json, so it is not a Hugging Face model folder.")
-    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+    local = path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir()
+    if not folder.exists() and local:
         raise DataError(f"there is no model folder '{path}'. Give a folder, a run directory or a hub id (name/model).")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first, as a sentence."""
     lines = str(error).strip().splitlines()
     line = lines[0].strip() if lines else type(error).__name__
     return line if line.endswith(".") else f"{line}."

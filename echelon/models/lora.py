@@ -1,7 +1,8 @@
 """Low-rank adapters: small matrices that learn beside frozen weights (Hu et al., arXiv 2106.09685), made with peft.
 
 Puts adapters on a model, several on one if need be, says which one speaks, saves them in the format of peft, and folds
-them into the weights. Knows nothing of training, and nothing of what a model is for.
+them into the weights; `AdapterView` makes each of several a module of its own. Knows nothing of training, and nothing
+of what a model is for.
 """
 
 from __future__ import annotations
@@ -148,12 +149,14 @@ def has_adapters(module: nn.Module) -> bool:
 
 
 def names(module: nn.Module) -> list[str]:
-    """The adapters on a model, in the order they came."""
+    """The adapters on a model, in the order they came; a view has one, its own."""
     return list(module.peft_config) if has_adapters(module) else []  # type: ignore[arg-type]
 
 
 def speaking(module: nn.Module) -> str:
     """Which adapter takes part in what the model computes; empty when none does."""
+    if isinstance(module, AdapterView):
+        return module.voice
     adapted: Any = module
     return "" if not has_adapters(module) or adapted._adapters_disabled else str(adapted.active_adapter)
 
@@ -163,6 +166,10 @@ def use(module: nn.Module, name: str) -> Iterator[None]:
     """Within, this adapter speaks and learns, and the model's other ones do neither; the empty name is `off`."""
     if name == speaking(module):
         yield
+        return
+    if isinstance(module, AdapterView):
+        with module.as_(name):
+            yield
         return
     if not name:
         with off(module):
@@ -187,6 +194,10 @@ def off(module: nn.Module) -> Iterator[None]:
     if not speaking(module):
         yield
         return
+    if isinstance(module, AdapterView):
+        with module.as_(""):
+            yield
+        return
     with _flags_kept(module), adapted.disable_adapter():
         yield
 
@@ -197,21 +208,19 @@ def keep_start(module: nn.Module) -> None:
     Nothing is copied of an adapter that changes nothing yet: the model without it says the same. Of one that has
     learned already, a frozen copy stays on the model.
     """
-    adapted: Any = module
-    if not _has_learned(module) or START in names(module):
-        return
-    name = speaking(module)
-    settings = copy.deepcopy(adapted.peft_config[name])
-    settings.lora_dropout, settings.inference_mode = 0.0, True
-    with _no_advice(), _same_draws(0):
-        _added(module, START, settings)
-    for own, copied in zip(_tensors(module, name).values(), _tensors(module, START).values(), strict=True):
-        copied.copy_(own)
+    if isinstance(module, AdapterView):
+        module.keep_start()
+    elif _has_learned(module, speaking(module)) and START not in names(module):
+        _twin(module, speaking(module), START, learns=False)
 
 
 @contextmanager
 def as_it_began(module: nn.Module) -> Iterator[None]:
     """Within, a model with an adapter says what it said when `keep_start` was called; others stay as they are."""
+    if isinstance(module, AdapterView):
+        with module.as_(module.start):
+            yield
+        return
     with use(module, START) if START in names(module) else off(module):
         yield
 
@@ -265,6 +274,8 @@ def save(module: nn.Module, folder: Path, *, name: str = "") -> None:
 
     On an adapter that was folded into the weights both are written as one, of the sum of their ranks.
     """
+    if isinstance(module, AdapterView):
+        return module.save_pretrained(folder)
     adapted: Any = module
     with _no_advice():
         adapted.save_pretrained(str(folder), selected_adapters=[name] if name else None, save_embedding_layers=False)
@@ -282,30 +293,176 @@ def restore(module: nn.Module, folder: Path, *, name: str = "") -> None:
 
     Raises CheckpointError if what was saved is another adapter, or one of another model.
     """
-    adapted: Any = module
+    if isinstance(module, AdapterView):
+        return _restore(module.model, module.adapter, folder)
     for adapter in [name] if name else names(module):
-        home = folder if adapter == DEFAULT else folder / adapter
+        _restore(module, adapter, folder if adapter == DEFAULT else folder / adapter)
+
+
+class AdapterView(nn.Module):
+    """One of several adapters of a model, as a model of its own: it learns, speaks, is saved and copied alone.
+
+    Whenever it computes, its adapter is the one that speaks, and stays so until another view computes, so that a
+    gradient that computes layers again finds the adapter it began with. Views of one model share its weights: there is
+    one base in memory. Its parameters are those of its adapter, behind one frozen one of the base, which says where the
+    model is and of what type. A copy (`copy.deepcopy`) is a view of one more adapter with the same numbers.
+
+    Raises DataError for an adapter that trains layers in full: those it would not have to itself.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str, *, decoder: bool = False) -> None:
+        super().__init__()
+        assert adapter in names(model), f"there is no adapter '{adapter}', but {names(model)}"
+        _check_small(model, adapter)
+        self._held: tuple[Any, ...] = (model,)  # in a tuple, so that it is no submodule
+        self._decoder = decoder
+        self._start: tuple[AdapterView, ...] = ()
+        self._above: tuple[AdapterView, ...] = ()
+        self._below: tuple[AdapterView, ...] = ()
+        self.adapter = self.voice = adapter
+        self.base = next(model.parameters())
+        for path, part in model.named_modules():
+            if isinstance(part, nn.ModuleDict | nn.ParameterDict) and adapter in part:
+                setattr(self, path.replace(".", "/"), part[adapter])
+        for parameter in self.parameters():
+            parameter.requires_grad_(parameter is not self.base and not model.peft_config[adapter].inference_mode)  # type: ignore[index, union-attr]
+
+    @property
+    def model(self) -> Any:
+        """The model that carries all the adapters."""
+        return self._held[0]
+
+    @property
+    def start(self) -> str:
+        """The adapter that says what this one said when `keep_start` was called; empty is the model without any."""
+        return self._start[0].adapter if self._start else ""
+
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self.model.config
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Its own settings alone."""
+        return {self.adapter: self.model.peft_config[self.adapter]}
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base is held in few bits."""
+        return bool(getattr(self.model, "is_quantized", False))
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the model computes with this adapter."""
+        self._speak()
+        return (self.model.get_decoder() if self._decoder else self.model)(*inputs, **named)
+
+    def get_decoder(self) -> nn.Module:
+        """The model without its head, with this adapter, in the mode of this view."""
+        if not self._below:
+            self._below = (AdapterView(self.model, self.adapter, decoder=True),)
+            self._below[0]._above = (self,)
+        return self._below[0]
+
+    def get_output_embeddings(self) -> Any:
+        """The model's head. What it computes is this adapter's after this view has computed."""
+        return self.model.get_output_embeddings()
+
+    def get_input_embeddings(self) -> Any:
+        """The model's embeddings."""
+        return self.model.get_input_embeddings()
+
+    def disable_adapter(self) -> Any:
+        """`off`."""
+        return self.as_("")
+
+    @contextmanager
+    def as_(self, adapter: str) -> Iterator[None]:
+        """Within, another adapter speaks here, or none (the empty name)."""
+        before, self.voice = self.voice, adapter
         try:
-            saved = load_file(home / WEIGHTS)
-            settings = _read_config(str(home))
-        except (OSError, SafetensorError, DataError) as error:
-            raise CheckpointError(
-                f"{home} holds no adapter that can be read, but '{adapter}' is to be continued from there. Resume with "
-                "the settings of the run that saved it."
-            ) from error
-        _check_same_base(module, adapter, settings.get("base_model_name_or_path"), home)
-        own = _tensors(module, adapter)
-        lower: Lower | None = getattr(module, "lower", None)
-        if lower is not None and settings["r"] == adapted.peft_config[adapter].r + lower.settings["r"]:
-            saved = upper_part(saved, own)
-        if {key: tensor.shape for key, tensor in own.items()} != {key: tensor.shape for key, tensor in saved.items()}:
-            raise CheckpointError(
-                f"the adapter in {home} does not fit the one on {type(module).__name__}: it has other layers or "
-                "another rank. Resume with the settings of the run that saved it."
-            )
-        with torch.no_grad():
-            for key, tensor in own.items():
-                tensor.copy_(saved[key])
+            with use(self.model, adapter):
+                yield
+        finally:
+            self.voice = before
+
+    def keep_start(self) -> None:
+        """Remember what it says now, unless it is what the base says or is remembered already."""
+        if not self._start and _has_learned(self.model, self.adapter):
+            self._start = (copy.deepcopy(self).requires_grad_(False).eval(),)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """The adapter's files, in the folder itself: it is loaded like that of a model that has one."""
+        save(self.model, Path(folder), name=self.adapter)
+        home = Path(folder) / self.adapter
+        if self.adapter != DEFAULT:
+            for file in home.iterdir():
+                file.rename(Path(folder) / file.name)
+            home.rmdir()
+
+    def _speak(self) -> None:
+        """Make this adapter the one that takes part, and the model's mode (training or not) this view's."""
+        voice, training = (
+            (self._above[0].voice, self._above[0].training) if self._above else (self.voice, self.training)
+        )
+        if speaking(self.model) != voice:
+            assert voice, "only within `as_` does no adapter speak, and there it is so already"
+            with _flags_kept(self.model):
+                self.model.set_adapter(voice)
+        if self.model.training != training:
+            self.model.train(training)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}base"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterView:
+        count = sum(name.startswith(f"{self.adapter}_") for name in names(self.model))
+        _twin(self.model, self.adapter, f"{self.adapter}_{count + 1}", learns=True)
+        twin = AdapterView(self.model, f"{self.adapter}_{count + 1}", decoder=self._decoder)
+        for own, copied in zip(self.parameters(), twin.parameters(), strict=True):
+            copied.requires_grad_(own.requires_grad)
+        memo[id(self)] = twin
+        return twin.train(self.training)
+
+
+@torch.no_grad()
+def _twin(module: nn.Module, name: str, twin: str, *, learns: bool) -> None:
+    """One more adapter with the numbers of another; one that does not learn drops nothing."""
+    adapted: Any = module
+    settings = copy.deepcopy(adapted.peft_config[name])
+    settings.inference_mode = not learns
+    settings.lora_dropout = settings.lora_dropout if learns else 0.0
+    with _no_advice(), _same_draws(0):
+        _added(module, twin, settings)
+    for own, copied in zip(_tensors(module, name).values(), _tensors(module, twin).values(), strict=True):
+        copied.copy_(own)
+
+
+def _restore(module: nn.Module, adapter: str, home: Path) -> None:
+    """Put the adapter that is saved in a folder back."""
+    adapted: Any = module
+    try:
+        saved = load_file(home / WEIGHTS)
+        settings = _read_config(str(home))
+    except (OSError, SafetensorError, DataError) as error:
+        raise CheckpointError(
+            f"{home} holds no adapter that can be read, but '{adapter}' is to be continued from there. Resume with "
+            "the settings of the run that saved it."
+        ) from error
+    _check_same_base(module, adapter, settings.get("base_model_name_or_path"), home)
+    own = _tensors(module, adapter)
+    lower: Lower | None = getattr(module, "lower", None)
+    if lower is not None and settings["r"] == adapted.peft_config[adapter].r + lower.settings["r"]:
+        saved = upper_part(saved, own)
+    if {key: tensor.shape for key, tensor in own.items()} != {key: tensor.shape for key, tensor in saved.items()}:
+        raise CheckpointError(
+            f"the adapter in {home} does not fit the one on {type(module).__name__}: it has other layers or "
+            "another rank. Resume with the settings of the run that saved it."
+        )
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(saved[key])
 
 
 def _added(module: nn.Module, name: str, settings: Any) -> Any:
@@ -326,9 +483,9 @@ def _tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
     return found
 
 
-def _has_learned(module: nn.Module) -> bool:
-    """Whether the adapter that speaks changes what the model says."""
-    own = _tensors(module, speaking(module))
+def _has_learned(module: nn.Module, name: str) -> bool:
+    """Whether this adapter changes what the model says."""
+    own = _tensors(module, name)
     if any(bool(tensor.any()) for key, tensor in own.items() if "lora_B" in key or "lora_embedding_B" in key):
         return True
     parts: list[Any] = list(module.modules())
@@ -337,7 +494,7 @@ def _has_learned(module: nn.Module) -> bool:
         for part in parts
         if hasattr(part, "modules_to_save") and hasattr(part, "original_module")
         for one, other in zip(
-            part.modules_to_save[speaking(module)].state_dict().values(),
+            part.modules_to_save[name].state_dict().values(),
             part.original_module.state_dict().values(),
             strict=True,
         )
@@ -382,6 +539,15 @@ def _check_names(module: nn.Module, config: LoraConfig) -> None:
                     f"lora.{setting} = {name}: {type(module).__name__} has no such layer.{did_you_mean(name, short)} "
                     f"Its layers are called {_listed(module)}."
                 )
+
+
+def _check_small(model: Any, adapter: str) -> None:
+    full = model.peft_config[adapter].modules_to_save
+    if full:
+        raise DataError(
+            f"lora.modules_to_save = {', '.join(sorted(full))}: a base that carries several adapters holds one of each "
+            "layer, so none of them can train it in full. Leave it out, or give each level a model of its own."
+        )
 
 
 def _listed(module: nn.Module) -> str:

@@ -23,17 +23,18 @@ from echelon.config import LoraConfig, ModelConfig
 from echelon.errors import DataError
 from echelon.models import lora
 from echelon.models.lm import (
-    _check_folder,
-    _enable_checkpointing,
-    _first_line,
-    _no_dropout,
     attention_inputs,
+    check_folder,
+    check_vocabulary,
+    enable_checkpointing,
+    first_line,
     hidden_states,
     load_lm,
     load_tokenizer,
     pick_device,
     quantized,
     shares_prompts,
+    without_dropout,
 )
 from echelon.text.answers import prompt_for
 from echelon.text.chat import Renderer, set_up_template
@@ -128,12 +129,12 @@ def open_reward_module(
     `plain_template` gives a tokenizer that has no chat template the plain one (`set_up_template`). A model that
     `may_grow` gets a padding token of its own where there is none to take (`choose_padding`).
     """
-    _check_folder(model.path)
+    check_folder(model.path)
     tokenizer = load_tokenizer(model.path)
     if plain_template:
         set_up_template(tokenizer)
     module, fresh = _load(model.path, model)
-    _check_vocabulary(module, tokenizer, model.path)
+    check_vocabulary(model.path, module, tokenizer)
     if adapter.rank:
         module = lora.fold(module, model.path)
         choose_padding(module, tokenizer, may_grow=False)
@@ -141,7 +142,7 @@ def open_reward_module(
     else:
         choose_padding(module, tokenizer, may_grow=may_grow and not lora.has_adapters(module))
     if model.gradient_checkpointing:
-        _enable_checkpointing(module)
+        enable_checkpointing(module)
     return module.train(), tokenizer, fresh
 
 
@@ -210,15 +211,6 @@ def _read(head: nn.Module, hidden_NH: Tensor) -> Float[Tensor, "N"]:
     return scores
 
 
-def _check_vocabulary(module: Any, tokenizer: Any, path: str) -> None:
-    rows = module.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise DataError(
-            f"'{path}': the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}, so it cannot "
-            "read all of them. Save the tokenizer that belongs to the model, or resize its embeddings."
-        )
-
-
 def _load(path: str, model: ModelConfig) -> tuple[nn.Module, bool]:
     """What a folder or hub id holds, as a reward model; whether its head is new."""
     if not lora.is_adapter(path):
@@ -252,7 +244,7 @@ def _from_folder(path: str, model: ModelConfig) -> tuple[nn.Module, bool]:
         scores = any("ForSequenceClassification" in name for name in config.architectures or ())
         if not scores:
             config.num_labels = 1
-        _no_dropout(config)
+        without_dropout(config)
         with _quietly():
             module, report = AutoModelForSequenceClassification.from_pretrained(
                 path,
@@ -265,7 +257,7 @@ def _from_folder(path: str, model: ModelConfig) -> tuple[nn.Module, bool]:
             )
     except Exception as error:
         raise DataError(
-            f"no reward model could be loaded from '{path}': {_first_line(error)} It must be a Hugging Face folder of "
+            f"no reward model could be loaded from '{path}': {first_line(error)} It must be a Hugging Face folder of "
             "a causal language model, or of one with a sequence-classification head."
         ) from error
     _check_head(module, path)

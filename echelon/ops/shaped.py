@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from echelon.ops.losses import kl_k1
@@ -74,6 +74,36 @@ def kl_rewards(
     https://arxiv.org/abs/1909.08593
     """
     return -coef * kl_k1(logprobs_BT, ref_logprobs_BT, mask_BT)
+
+
+def dense_rewards(
+    rewards_N: Float[Tensor, "N"],
+    turn_BT: Int[Tensor, "B T"],
+    mask_BT: Bool[Tensor, "B T"],
+    *,
+    how: Literal["literal", "length_neutral"],
+) -> Float[Tensor, "B T"]:
+    """What a turn is worth, paid at every token it sampled instead of at the last one; 0 outside the mask.
+
+    `literal` pays all of it at each token (ToSCA as written), so that, undiscounted, what a reply of L tokens earns is
+    L times its reward: of two replies that satisfy alike the longer one earns more. `length_neutral` pays one L-th of
+    it at each, which adds up to the reward however long the reply is. `turn_BT` says which turn a token belongs to.
+    """
+    tokens_N = torch.bincount(turn_BT[mask_BT], minlength=len(rewards_N))
+    each_N = rewards_N if how == "literal" else rewards_N / tokens_N
+    return torch.where(mask_BT, each_N[turn_BT.clamp_min(0)], 0.0)
+
+
+def surprisal_rewards(
+    logprobs_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"], *, coef: float, mean: float = 0.0
+) -> Float[Tensor, "B T"]:
+    """What saying the unexpected earns, token by token: coef·(−log π − mean); 0 outside the mask.
+
+    Maximising it follows the gradient of the policy's entropy: it makes the policy more diverse (ToSCA's intrinsic
+    reward). With `mean` 0 no token costs anything and every further one pays, whatever it says; the mean surprisal
+    of recent tokens as `mean` takes that incentive to be long away.
+    """
+    return torch.where(mask_BT, coef * (-logprobs_BT.float() - mean), 0.0)
 
 
 def adaptive_kl(coef: float, kl: float, *, target: float, episodes: int, horizon: int) -> float:

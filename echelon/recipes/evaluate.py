@@ -3,9 +3,9 @@
 A model plays, or one of the environment's scripted players. The tasks come in order, again from the first when there
 are more episodes than tasks, and every episode draws from a seed of its own: the same command gives the same numbers.
 Unlike in training the distribution may be cut (top_k, top_p) or reduced to its mode (greedy). The directory `out` gets
-episodes.jsonl, every turn of it, and summary.json; those of an earlier evaluation are replaced only with --overwrite.
-Where a ranker or a critic picked among candidates, evaluation.json has all of them, with what each was thought to be
-worth, which was taken, and what the episode scored.
+evaluation.json (the average score, and of every episode what it scored, how it ended, and each step's text and reward;
+where a ranker or a critic picked among candidates, all of them, with what each was thought to be worth), episodes.jsonl
+and summary.json; those of an earlier evaluation are replaced only with --overwrite.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,29 +21,39 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from echelon.config import ModelConfig, SamplingConfig, TaskConfig, demand, require
+from echelon.config import ModelConfig, PlayConfig, SamplingConfig, demand, require
 from echelon.data.recorded import transition_rows
 from echelon.envs.players import make_player
 from echelon.errors import CheckpointError
-from echelon.rollout.candidates import evaluation_record, has_ranker, run_settings, saved_ranker
+from echelon.rollout.candidates import has_ranker, run_settings, saved_ranker, step_record
 from echelon.rollout.critics import saved_critic
-from echelon.rollout.evaluate import Estimate, bootstrap, scripted_loop, summarise
+from echelon.rollout.evaluate import Estimate, bootstrap, evaluation_record, scripted_loop, summarise
 from echelon.rollout.plays import env_loop
 from echelon.rollout.rewards import open_rewards, open_tasks
 from echelon.rollout.roles import collect
 from echelon.rollout.setup import Actor, describe, model_path, open_actor, set_threads
 from echelon.sampling.best_of import critic_score
 from echelon.sampling.candidates import Chooser, ranker_score
+from echelon.train.checkpoint import Label
 from echelon.train.log import episode_rows
 from echelon.types import Episode, SamplingParams
 
 
+FOLDER = "model.path"
+"""What a run directory or another model means that is named before the flags."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Config(TaskConfig):
+class Config(PlayConfig):
     """Settings of an evaluation."""
 
+    out: str = ""
+    """Directory of the results; of a run that is evaluated, <run>/evaluation/step_000120_test or the like without it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Who plays: a model folder, a run directory, a checkpoint or a hub id."""
+    label: Label = "auto"
+    """Which model of a run: that of a step, the latest, or the best that it kept; auto is the best, or else the
+    latest."""
     player: Literal["model", "random", "optimal"] = "model"
     """The model, or a scripted player of the environment instead."""
     split: Literal["train", "test"] = "test"
@@ -89,15 +99,17 @@ class Config(TaskConfig):
         demand(self, "top_k", self.top_k >= 0, "it counts tokens. Give 0 to keep all.")
         demand(self, "top_p", 0 < self.top_p <= 1, "it is a probability that must be kept. Give 1 to keep all.")
         demand(self, "stop", "" not in self.stop, "every text contains the empty text. Leave it out.")
-        demand(self, "resume", not self.resume, "an evaluation is not resumed. Run it again, with --overwrite.")
+        at = not isinstance(self.label, int) or self.label >= 0
+        demand(self, "label", at, "steps are counted from 0. Give one of those in <run>/checkpoints.")
 
 
 def main(cfg: Config) -> None:
     """Play, print a table, write the files."""
-    out = Path(cfg.out)
+    folder = model_path(cfg.model.path, label=cfg.label) if cfg.player == "model" else ""
+    out = results(cfg, Path(folder))
     check_out(out, overwrite=cfg.overwrite)
     env, rewards = open_tasks(cfg), open_rewards(cfg)
-    actor = open_player(cfg) if cfg.player == "model" else None
+    actor = open_player(cfg, folder) if cfg.player == "model" else None
     set_threads(cfg.threads, actor.module if actor else None)
     if cfg.dry_run:
         modules = {} if actor is None else {"actor": actor.module}
@@ -115,13 +127,23 @@ def main(cfg: Config) -> None:
     found = estimates(episodes, tokens=actor is not None)
     Console().print(table(cfg, found))
     decode = None if actor is None else {actor.role.name: actor.role.renderer.decode}
-    write(out, cfg, found, episode_rows(episodes, decode=decode), offered(actor, episodes))
+    record = evaluation_record(episodes, offered(actor))
+    write(out, cfg, found, episode_rows(episodes, decode=decode), record)
     if cfg.transitions:
-        record(Path(cfg.transitions), transition_rows(episodes))
+        write_transitions(Path(cfg.transitions), transition_rows(episodes))
 
 
-def open_player(cfg: Config) -> Actor:
-    """The model as it is evaluated: from a distribution that may be cut, or greedily."""
+def results(cfg: Config, folder: Path) -> Path:
+    """Where the files go: `out`, else a directory in the run that the model in `folder` is of."""
+    if not cfg.out and (Path(cfg.model.path) / "checkpoints").is_dir():
+        model = folder.name if folder.name == "best" else folder.parent.name
+        return Path(cfg.model.path, "evaluation", f"{model}_{cfg.split}")
+    require(cfg, "out")
+    return Path(cfg.out)
+
+
+def open_player(cfg: Config, folder: str) -> Actor:
+    """The model in a folder as it is evaluated: from a distribution that may be cut, or greedily."""
     params = SamplingParams(
         max_tokens=cfg.max_tokens,
         temperature=0.0 if cfg.greedy else cfg.temperature,
@@ -129,22 +151,24 @@ def open_player(cfg: Config) -> Actor:
         top_p=cfg.top_p,
         stop=cfg.stop,
     )
-    actor = open_actor(cfg.model, SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens), params=params)
-    checkpoint = Path(model_path(cfg.model.path)).parent
+    model = replace(cfg.model, path=folder)
+    actor = open_actor(model, SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens), params=params)
+    checkpoint = Path(folder).parent
     ranked = has_ranker(checkpoint)
     if (candidates := cfg.candidates or (run_settings(checkpoint)["candidates"] if ranked else 1)) > 1:
         if ranked:
-            score = ranker_score(saved_ranker(checkpoint, actor, cfg.model))
+            score = ranker_score(saved_ranker(checkpoint, actor, model))
         else:
             score = critic_score(saved_critic(checkpoint / "critic", actor))
         actor.role.sampler = Chooser(actor.sampler, score, candidates)
     return actor
 
 
-def offered(actor: Actor | None, episodes: Sequence[Episode]) -> dict[str, Any] | None:
-    """What evaluation.json says; None where nobody picked."""
+def offered(actor: Actor | None) -> dict[int, dict[str, Any]]:
+    """What every step was chosen from, by the seed of its turn; nothing where nobody picked."""
     chooser = actor.role.sampler if actor else None
-    return evaluation_record(episodes, chooser.take()) if isinstance(chooser, Chooser) else None
+    offers = chooser.take() if isinstance(chooser, Chooser) else {}
+    return {seed: step_record(offer) for seed, offer in offers.items()}
 
 
 def estimates(episodes: Sequence[Episode], *, tokens: bool) -> dict[str, Estimate]:
@@ -187,7 +211,7 @@ def write(
     cfg: Config,
     found: Mapping[str, Estimate],
     rows: Iterable[Mapping[str, Any]],
-    evaluation: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any],
 ) -> None:
     """episodes.jsonl first and summary.json last: a summary is there only when everything is."""
     summary = {
@@ -198,18 +222,16 @@ def write(
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("summary.json", "evaluation.json"):
-            (out / name).unlink(missing_ok=True)
+        (out / "summary.json").unlink(missing_ok=True)
         write_rows(out / "episodes.jsonl", rows)
-        if evaluation is not None:
-            text = json.dumps(evaluation, indent=1, ensure_ascii=False)
-            (out / "evaluation.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        text = json.dumps(evaluation, indent=1, ensure_ascii=False)
+        (out / "evaluation.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error
 
 
-def record(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_transitions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write the transitions of the episodes. Raises CheckpointError where they cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from echelon.config import ModelConfig, RunConfig, demand, require
+from echelon.config import CommandConfig, ModelConfig, demand, require
 from echelon.errors import CheckpointError, DataError
 from echelon.models import lora
 from echelon.models.lm import load_lm, load_tokenizer
@@ -40,9 +40,11 @@ SCORED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """Settings of merging. `out` is the folder of the merged model."""
+class Config(CommandConfig):
+    """Settings of merging."""
 
+    out: str
+    """Folder of the merged model."""
     adapter: str
     """What is merged: an adapter's folder, a checkpoint, a run directory or a hub id."""
     base: str = ""
@@ -60,8 +62,7 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "adapter")
-        demand(self, "resume", not self.resume, "a merge is not resumed: nothing of it is left. Run it again.")
+        require(self, "out", "adapter")
         demand(self, "push", self.push.count("/") in (0, 1), "a repository is called name/model, or model.")
         demand(self, "public", not self.public or bool(self.push), "nothing is uploaded. Give push too.")
 

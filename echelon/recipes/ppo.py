@@ -16,7 +16,7 @@ the mean return of the first batch; value model and policy are two models with a
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -37,26 +37,24 @@ from echelon.config import (
     require,
     to_yaml,
 )
-from echelon.data.datasets import load_rows
-from echelon.data.packing import Batch, group_rows, pack, pad
-from echelon.errors import DataError
-from echelon.models.heads import TokenValue, token_values
-from echelon.models.reward import open_reward_module
-from echelon.ops import credit, losses
+from echelon.data.packing import Batch, pack
+from echelon.ops import credit
 from echelon.ops.masked import explained_variance, masked_mean, masked_var, masked_whiten
 from echelon.rollout.evaluate import rollout_metrics
+from echelon.rollout.learners import open_value, ptx_batches
 from echelon.rollout.plays import env_loop
 from echelon.rollout.rewards import open_rewards, open_tasks
 from echelon.rollout.roles import collect
-from echelon.rollout.setup import Actor, describe, model_path, open_actor, set_threads, task_batch
+from echelon.rollout.setup import describe, open_actor, set_threads, task_batch
 from echelon.seeds import derive_seed
 from echelon.train.aliases import trl_names
 from echelon.train.checkpoint import Checkpoints, Saveable
 from echelon.train.ema import Average
-from echelon.train.learner import Learner, Weights, average
+from echelon.train.learner import Learner, Weights
 from echelon.train.log import Log, episode_rows
-from echelon.train.policy import PolicyConfig, passes, reference_logprobs, starting_policy, update_policy
+from echelon.train.policy import PolicyConfig, reference_logprobs, starting_policy, update_policy
 from echelon.train.shaping import Shaper, ShapingConfig
+from echelon.train.value import before_turns, state_values, update_value, values_of
 from echelon.types import Episode
 
 
@@ -146,7 +144,7 @@ def main(cfg: Config) -> None:
     set_threads(cfg.threads, actor.module)
     updates = max(0, cfg.steps - cfg.warmup_steps) * cfg.policy.epochs * cfg.policy.minibatches
     policy = Learner(actor.module, cfg.policy.optim, total_steps=updates, name="actor", tokenizer=actor.tokenizer)
-    online = open_value(cfg, actor)
+    online = open_value(actor, cfg.value_path, model=cfg.model, lora=cfg.lora, seed=cfg.seed)
     fits = cfg.steps * cfg.value_epochs * cfg.value_minibatches
     value = Learner(online, cfg.value_optim, total_steps=fits, name="value")
     reference = starting_policy(actor.module, replace(cfg.policy, kl_coef=cfg.policy.kl_coef or cfg.shaping.kl_coef))
@@ -159,7 +157,10 @@ def main(cfg: Config) -> None:
     tasks = env.tasks("train")
     temperature, tokens = cfg.sampling.temperature, cfg.tokens_per_pass
     learn = partial(update_policy, policy, settings=cfg.policy, temperature=temperature, tokens_per_pass=tokens)
-    learn = partial(learn, reference=None, ptx=ptx_batches(cfg, actor))  # `compare` has asked the reference
+    ptx = ptx_batches(cfg.ptx, actor, rows=cfg.ptx_rows, seed=cfg.seed)
+    learn = partial(learn, reference=None, ptx=ptx)  # `compare` has asked the reference
+    fit_value = partial(update_value, value, epochs=cfg.value_epochs, minibatches=cfg.value_minibatches)
+    fit_value = partial(fit_value, clip=cfg.value_clip, tokens_per_pass=tokens)
     play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
     out = Path(cfg.out)
     with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
@@ -182,7 +183,7 @@ def main(cfg: Config) -> None:
                     online.start_at(mean_return(cfg, batch, played, rewards_BT))
                 columns, judged = judge(cfg, value, batch, played, rewards_BT)
 
-                learned = update_value(cfg, value, batch, seed=seed)
+                learned = fit_value(batch, read_BT=valued(cfg, batch), seed=seed)
                 if step >= cfg.warmup_steps:
                     learned |= learn(batch, seed=seed)
                     shaper.adapt(shaped, episodes=len(played))
@@ -199,23 +200,6 @@ def main(cfg: Config) -> None:
                     checkpoints.save(step + 1, parts)
 
 
-def open_value(cfg: Config, actor: Actor) -> TokenValue:
-    """The value model as it starts: a reward model, head included, or the body of a language model, else the policy's.
-
-    Raises DataError for one that reads other tokens than the policy writes.
-    """
-    if not cfg.value_path:
-        return TokenValue.from_lm(actor.module)
-    model = replace(cfg.model, path=model_path(cfg.value_path, "reward"))
-    scorer, tokenizer, _ = open_reward_module(model, cfg.lora, seed=cfg.seed)
-    if not actor.tokenizer.get_vocab().items() <= tokenizer.get_vocab().items():
-        raise DataError(
-            f"value_path = {cfg.value_path}: its tokenizer is not that of the policy, and a value model reads the very "
-            "tokens the policy writes. Give a model with the same tokenizer, or leave value_path out."
-        )
-    return TokenValue.from_scorer(scorer)
-
-
 def saved_parts(
     policy: Learner, value: Learner, reference: nn.Module | None, shaper: Shaper, mean: Average | None
 ) -> dict[str, Saveable]:
@@ -230,19 +214,6 @@ def saved_parts(
     return parts
 
 
-def ptx_batches(cfg: Config, actor: Actor) -> Callable[[int], Batch] | None:
-    """For the number of an optimizer step, the conversations that join it: each epoch is a new order of all rows."""
-    if not cfg.ptx.path:
-        return None
-    rows = load_rows(cfg.ptx, "sft", seed=cfg.seed, name="ptx").train
-
-    def batch(number: int) -> Batch:
-        chosen = task_batch(rows, number, cfg.ptx_rows, seed=derive_seed(cfg.seed, "ptx"))
-        return pack([example for row in chosen for example in actor.role.renderer.examples(row.messages)])
-
-    return batch
-
-
 def compare(cfg: Config, batch: Batch, reference: nn.Module | None) -> Batch:
     """The batch with the log-probs of the starting policy, if KL to it counts."""
     if reference is not None:
@@ -255,7 +226,7 @@ def judge(
     cfg: Config, value: Learner, batch: Batch, played: Sequence[Episode], rewards_BT: Float[Tensor, "B T"]
 ) -> tuple[dict[str, Float[Tensor, "N"]], dict[str, float]]:
     """Give the batch its values, returns and advantages; per turn the value before it and its mean advantage."""
-    values_BT = value.evaluate(batch, lambda module, micro: token_values(module, micro)[0], cfg.tokens_per_pass)
+    values_BT = values_of(value, batch, cfg.tokens_per_pass)
     final_E = final_values(value, played, cfg.tokens_per_pass)
     advantages_BT, returns_BT, earned_BT = SCHEMES[cfg.credit](cfg, batch, played, rewards_BT, values_BT, final_E)
     tokens_N = batch.pool(torch.ones_like(values_BT))
@@ -326,38 +297,6 @@ def valued(cfg: Config, batch: Batch) -> Bool[Tensor, "B T"]:
     return first_BT
 
 
-def update_value(cfg: Config, value: Learner, batch: Batch, *, seed: int) -> dict[str, float]:
-    """Fit the value model to the returns, where it is read."""
-    mask_BT = valued(cfg, batch)
-    batch = replace(batch, mask=mask_BT, denom=float(mask_BT.sum()), counted=float(mask_BT.sum()))
-    epochs, minibatches, tokens = cfg.value_epochs, cfg.value_minibatches, cfg.tokens_per_pass
-    loss_fn = partial(value_loss, clip=cfg.value_clip)
-    logged = passes(
-        value,
-        batch,
-        loss_fn,
-        epochs=epochs,
-        minibatches=minibatches,
-        tokens_per_pass=tokens,
-        seed=derive_seed(seed, "value"),
-    )
-    return {f"value/{name}": number for name, number in average(logged).items()}
-
-
-def value_loss(module: nn.Module, batch: Batch, *, clip: float | None) -> tuple[Tensor, dict[str, float]]:
-    """Half the mean squared error where the mask is; with `clip`, of the worse of the value and the clipped value."""
-    values, _ = token_values(module, batch)
-    old = losses.require(batch.values, "values", "Judge the batch first.")
-    returns = losses.require(batch.returns, "returns", "Judge the batch first.")
-    stats, free = {"mean": values.detach(), "return": returns}, 0.5 * losses.squared_error(values, returns, batch.mask)
-    if clip is None:
-        loss = free
-    else:
-        loss = losses.clipped_value(values, old, returns, batch.mask, clip=clip)
-        stats["clipped"] = (loss > free).float()
-    return losses.token_sum(loss, batch.mask, batch.denom), losses.reduce_stats(stats, batch.mask, batch.denom)
-
-
 def after_rows(
     batch: Batch, values_BT: Float[Tensor, "B T"], played: Sequence[Episode], final_E: Float[Tensor, "E"]
 ) -> Float[Tensor, "B"]:
@@ -367,23 +306,12 @@ def after_rows(
     return next_N[batch.row_N.bincount().cumsum(0) - 1]
 
 
-@torch.no_grad()
 def final_values(value: Learner, played: Sequence[Episode], tokens_per_pass: int) -> Float[Tensor, "E"]:
     """V of the state in which each truncated episode was cut off; 0 for those that terminated."""
-    final_E = torch.zeros(len(played))
-    cut_off = [number for number, episode in enumerate(played) if episode.ending == "truncated"]
-    states = [played[number].final or [] for number in cut_off]
-    assert all(states), "a truncated episode says in which state it was cut off"
-    for group in group_rows([len(state) for state in states], tokens_per_pass):
-        tokens, lengths = pad([states[place] for place in group])
-        values = value.module(tokens.to(value.device)).cpu()
-        final_E[[cut_off[place] for place in group]] = values[torch.arange(len(group)), lengths - 1]
-    return final_E
-
-
-def before_turns(batch: Batch, values_BT: Float[Tensor, "B T"]) -> Float[Tensor, "N"]:
-    """V of the state each turn answered: the value before its first token."""
-    return values_BT[batch.row_N, batch.state_N + 1]
+    states = [episode.final if episode.ending == "truncated" else None for episode in played]
+    cut_off = [state for state, episode in zip(states, played, strict=True) if episode.ending == "truncated"]
+    assert all(cut_off), "a truncated episode says in which state it was cut off"
+    return state_values(value, states, tokens_per_pass)
 
 
 def mean_return(cfg: Config, batch: Batch, played: Sequence[Episode], rewards_BT: Float[Tensor, "B T"]) -> float:

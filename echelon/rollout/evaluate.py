@@ -5,8 +5,9 @@ Who played does not matter; scripted players, which need no model, play here too
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -71,6 +72,32 @@ def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     for name in sorted({name for episode in played for name in episode.metrics}):
         metrics[f"episode/{name}"] = float(np.mean([e.metrics[name] for e in played if name in e.metrics]))
     return metrics
+
+
+def evaluation_record(
+    episodes: Sequence[Episode], choices: Mapping[int, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Every step of every episode: who said what, what it earned, and from what it was chosen (`choices`, by the seed of
+    the turn). `average_score` is over the episodes that did not fail, None if all did."""
+    scores = [episode.reward for episode in episodes if episode.ending != "failed"]
+    return {
+        "average_score": sum(scores) / len(scores) if scores else None,
+        "episodes": [
+            {
+                "task": episode.task,
+                "seed": episode.seed,
+                "ending": episode.ending,
+                "error": episode.error,
+                "score": None if episode.ending == "failed" else episode.reward,
+                "text": "".join(turn.text for turn in episode.turns),
+                "steps": [
+                    {"role": turn.role, "text": turn.text, "reward": turn.reward, **(choices or {}).get(turn.seed, {})}
+                    for turn in episode.turns
+                ],
+            }
+            for episode in episodes
+        ],
+    }
 
 
 def scripted_loop(

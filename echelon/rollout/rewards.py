@@ -1,4 +1,4 @@
-"""What completions earn: Python functions and reward models, read after the episodes have been played.
+"""What completions earn: Python functions, reward models, and tests of programs, read after the episodes were played.
 
 It adds to what the environment gave and knows nothing of credit: every episode's last turn gets the weighted sum.
 """
@@ -8,29 +8,35 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol
+from queue import SimpleQueue
+from typing import Any, Protocol, get_args
 
 import numpy as np
 
-from echelon.config import TaskConfig
+from echelon.config import PlayConfig
 from echelon.data.datasets import load_rows
 from echelon.envs._shared import EnvSpec, run_sync, settle
 from echelon.envs.prompts import prompts_env
 from echelon.envs.registry import import_code
 from echelon.errors import ConfigError, DataError, EchelonError, did_you_mean
 from echelon.models.reward import load_reward_model
-from echelon.rollout.setup import model_path, open_env
+from echelon.rollout.setup import model_path, open_env, usable_cores
+from echelon.sandbox import Exam, Examiner, Grade, Limits, read_exam
+from echelon.sandbox.grading import LIMITS, Reason
 from echelon.text.chat import Renderer
+from echelon.text.parse import program_in
 from echelon.types import Episode, Message, Turn
 
 RESERVED = ("mean", "std")
 """Names under "reward/" that belong to the sum of all rewards."""
 
-_OWN = "path/to/file.py:function, package.module:function, or the folder of a reward model"
+_OWN = "path/to/file.py:function, package.module:function, code, or the folder of a reward model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +88,15 @@ class Rewards:
                 episode.turns[-1].reward += reward.weight * (number or 0.0)
             known = np.array([number for number in numbers if number is not None] or [0.0])
             metrics |= {f"reward/{reward.name}": float(known.mean()), f"reward/{reward.name}/std": float(known.std())}
+            if isinstance(reward.judge, CodeJudge):
+                metrics |= {f"reward/{reward.name}/{reason}": n for reason, n in reward.judge.counts.items()}
         return metrics
 
     async def _judge(self, answers: Sequence[Answer]) -> list[list[float | None]]:
         return list(await asyncio.gather(*(reward.judge(answers) for reward in self.rewards)))
 
 
-def open_tasks(cfg: TaskConfig, renderer: Renderer | None = None) -> EnvSpec:
+def open_tasks(cfg: PlayConfig, renderer: Renderer | None = None) -> EnvSpec:
     """What there is to do: the environment, checked by playing a little, or the prompts of a data set as one.
 
     With the renderer of the role that will answer them, prompts that are too long are found before any training.
@@ -103,7 +111,7 @@ def open_tasks(cfg: TaskConfig, renderer: Renderer | None = None) -> EnvSpec:
     return env
 
 
-def open_rewards(cfg: TaskConfig, *, device: str = "auto", tokens_per_pass: int = 4096) -> Rewards:
+def open_rewards(cfg: PlayConfig, *, device: str = "auto", tokens_per_pass: int = 4096) -> Rewards:
     """The rewards that are asked for, with their weights; none is fine, where the environment gives them.
 
     Raises ConfigError for a name that means nothing, DataError for code or a folder that cannot be used.
@@ -115,7 +123,9 @@ def open_rewards(cfg: TaskConfig, *, device: str = "auto", tokens_per_pass: int 
 
 
 def open_judge(spec: str, *, device: str = "auto", tokens_per_pass: int = 4096) -> Judge:
-    """A function or a reward model, by how it was named on the command line."""
+    """A function, a reward model or the tests of programs, by how it was named on the command line."""
+    if spec == "code":
+        return CodeJudge()
     where, colon, function = spec.rpartition(":")
     if not colon and spec.endswith(".py"):
         raise ConfigError(f"reward {spec}: which function of the file? Give {spec}:function.")
@@ -222,6 +232,66 @@ class ModelJudge:
                     "Its weights are not finite, or its dtype is too small for it: train it again, or load float32."
                 )
         return list(scores)
+
+
+class CodeJudge:
+    """The share of its row's tests that the program in a completion passes, in the sandbox.
+
+    The program is its last block of Python between fences, or all of it. The column `tests` holds a list of tests, or
+    one text with asserts in it, and `entry_point`, if there is one, the function that they call `candidate`
+    (`read_exam`). A row without tests is not judged. A program that crashes, hangs, or takes too much earns 0, and
+    `counts` says how many of the completions judged last ended so, and why.
+    """
+
+    def __init__(self, *, limits: Limits = LIMITS, workers: int = 0) -> None:
+        self.counts: dict[str, float] = {}
+        self._limits, self._workers = limits, workers or usable_cores()
+
+    async def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
+        """What each program is worth, from 0 to 1."""
+        if not any("tests" in answer.columns for answer in answers):
+            has = ", ".join(dict.fromkeys(name for answer in answers for name in answer.columns)) or "none"
+            raise DataError(f"reward code: it needs the column 'tests', and the columns are: {has}.")
+        papers = [(program_in(answer.completion), _exam(answer)) for answer in answers]
+        different = list({paper for paper in papers if paper[1] is not None})
+        grades = dict(zip(different, await asyncio.to_thread(self._grade, different), strict=True))
+        found = [None if exam is None else grades[program, exam] for program, exam in papers]
+        ended = Counter(grade.reason for grade in found if grade)
+        self.counts = {reason: float(ended[reason]) for reason in get_args(Reason)}
+        return [grade and grade.rate for grade in found]
+
+    def _grade(self, papers: Sequence[tuple[str, Exam]]) -> list[Grade]:
+        examiners = SimpleQueue[Examiner]()
+        for _ in range(self._workers):
+            examiners.put(Examiner(self._limits))
+
+        def grade(paper: tuple[str, Exam]) -> Grade:
+            examiner = examiners.get()
+            try:
+                return examiner.grade(*paper)
+            finally:
+                examiners.put(examiner)
+
+        with ThreadPoolExecutor(self._workers) as pool:
+            grades = list(pool.map(grade, papers))
+        while not examiners.empty():
+            examiners.get().close()
+        return grades
+
+
+def _exam(answer: Answer) -> Exam | None:
+    """The tests of a row."""
+    tests, entry_point = answer.columns.get("tests"), answer.columns.get("entry_point") or ""
+    if tests is None:
+        return None
+    if not isinstance(tests, str | list | tuple) or not isinstance(entry_point, str):
+        raise DataError(
+            f"reward code: the tests of task '{answer.task}' are {_short(tests)}. They must be a text or a list of texts."
+        )
+    try:
+        return read_exam(tests, entry_point)
+    except ValueError as error:
+        raise DataError(f"reward code: the tests of task '{answer.task}': {error}.") from error
 
 
 def _answer(episode: Episode, turn: Turn) -> Answer:

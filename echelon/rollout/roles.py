@@ -41,8 +41,9 @@ class Role:
         """Answer `messages`, what is new since this role last spoke on the branch that ends at `parent`.
 
         The prompt continues the exact tokens of that earlier turn; without messages the role goes on with what it was
-        saying. `afresh` begins a new conversation instead: `messages` are all it knows. The answer becomes a turn of the episode, a child of `parent`; its random stream depends on its place
-        in the tree alone, not on what else is being sampled. It ends where `stop_when` is true of its text, too.
+        saying. `afresh` begins a new conversation instead: `messages` are all it knows. The answer becomes a turn of
+        the episode, a child of `parent`; its random stream depends on its place in the tree alone, not on what else is
+        being sampled. It ends where `stop_when` is true of its text, too.
         """
         prompt, starts = self._prompt(episode, messages, None if afresh else parent)
         siblings = len(episode.children(parent))

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from echelon.config import LoraConfig, ModelConfig, SamplingConfig
 from echelon.envs import EnvSpec, check_env, load_env
-from echelon.errors import CheckpointError, DataError
+from echelon.errors import CheckpointError
 from echelon.models import lora as adapters
-from echelon.models.lm import count_parameters, load_lm, load_tokenizer
+from echelon.models.lm import check_vocabulary, count_parameters, load_lm, load_tokenizer
 from echelon.rollout.roles import Role
 from echelon.sampling.local import LocalSampler
 from echelon.seeds import derive_seed
 from echelon.text.chat import Renderer, set_up_template
-from echelon.train.checkpoint import find_checkpoint
+from echelon.train.checkpoint import Label, find_checkpoint
 from echelon.types import SamplingParams
 
 Item = TypeVar("Item")
@@ -78,7 +78,7 @@ def open_actor(
         gradient_checkpointing=model.gradient_checkpointing,
         quantization=model.quantization,
     )
-    _check_vocabulary(path, module, tokenizer)
+    check_vocabulary(path, module, tokenizer)
     if lora.rank:
         module = adapters.attach(adapters.fold(module, path), lora)
     sampler = LocalSampler(module, tokenizer, cache_tokens=sampling.cache_tokens or None)
@@ -88,30 +88,19 @@ def open_actor(
     return Actor(module, tokenizer, sampler, Role(name, sampler, renderer, params))
 
 
-def _check_vocabulary(path: str, module: nn.Module, tokenizer: Any) -> None:
-    """Raise DataError for a tokenizer that knows ids the model has no embedding for."""
-    rows = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if len(tokenizer) > rows:
-        raise DataError(
-            f"'{path}': the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}, so it cannot "
-            "read all of them. Save the tokenizer that belongs to the model, or resize its embeddings."
-        )
-
-
-def model_path(path: str, role: str = "actor") -> str:
+def model_path(path: str, role: str = "actor", label: Label = "auto") -> str:
     """The Hugging Face folder or hub id that is meant by a model folder, a checkpoint, a run directory or a hub id.
 
-    Of a run that kept its best model it is that one, of others what the newest whole checkpoint holds as `role`.
+    Of a run it is the model that `label` says: by default the best where it kept one, else what the newest whole
+    checkpoint holds as `role`. Raises CheckpointError.
     """
-    if not Path(path).is_dir():
+    free = label in ("auto", "latest")
+    if free and not Path(path).is_dir():
         return path
-    best = Path(path) / "best"
-    if any((best / file).is_file() for file in ("config.json", "adapter_config.json")):
-        return str(best)
     try:
-        return str(find_checkpoint(Path(path), role))
+        return str(find_checkpoint(Path(path), role, label))
     except CheckpointError:
-        if (Path(path) / "checkpoints").exists():
+        if not free or (Path(path) / "checkpoints").exists():
             raise
         return path  # not a run: the loader says what is missing
 

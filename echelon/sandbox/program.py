@@ -21,12 +21,14 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, TypeAlias
 
 MODULES = (
+    "__future__",
+    "abc",
     "math",
     "cmath",
     "re",
@@ -72,11 +74,18 @@ class Limits:
     """What a call may print, and about half of how long its result may be as JSON."""
 
 
+Cause: TypeAlias = Literal["raised", "time", "output", "crash"]
+
+
 class ProgramError(RuntimeError):
-    """A program raised, crashed, hung, took too much, or gave no JSON: one line says which.
+    """A program raised, crashed, hung, took too much, or gave no JSON: one line says which, `cause` in a word.
 
     No `EchelonError`: in an episode it is the episode that fails, not the run.
     """
+
+    def __init__(self, said: str, cause: Cause = "raised") -> None:
+        super().__init__(said)
+        self.cause: Cause = cause
 
 
 class Program:
@@ -94,12 +103,16 @@ class Program:
         self._lock = threading.Lock()
         self.missing: tuple[str, ...] = ()
 
-    def call(self, function: str, *arguments: Any) -> Any:
-        """What the function returns for these arguments, all of them JSON. Raises ProgramError."""
-        line = json.dumps({"function": function, "arguments": arguments})
+    def call(self, function: str, *arguments: Any, asked: Callable[[Any], Any] | None = None) -> Any:
+        """What the function returns for these arguments, all of them JSON. Raises ProgramError.
+
+        With `asked`, the program may call `ask` with JSON and gets what `asked` returns for it; what that raises ends
+        the child and passes through.
+        """
         with self._lock:
             self.start()
-            return self._ask(line)["value"]
+            self._send({"function": function, "arguments": arguments})
+            return self._answer(asked)["value"]
 
     def start(self) -> str:
         """Have the source run, unless it has already; returns what it printed. Raises ProgramError if it fails."""
@@ -124,7 +137,7 @@ class Program:
             "memory_bytes": max(_LEAST_MEMORY, self.limits.memory_mib << 20),
             "output_chars": self.limits.output_chars,
         }
-        self._send(json.dumps(setup))
+        self._send(setup)
         patient = Limits(_STARTUP_SECONDS, _STARTUP_SECONDS)  # Python itself starts and imports
         self.missing = tuple(self._receive(patient)["missing"])
         try:
@@ -139,30 +152,33 @@ class Program:
             self._end()
         self._child, self._end, self._unread = None, None, b""
 
-    def __enter__(self) -> Program:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, line: str) -> dict[str, Any]:
-        self._send(line)
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, asked: Callable[[Any], Any] | None = None) -> dict[str, Any]:
         answer = self._receive(self.limits)
+        while asked is not None and answer.keys() == {"ask"}:
+            try:
+                self._send(asked(answer["ask"]))
+            except BaseException:
+                self.close()
+                raise
+            answer = self._receive(self.limits)
         if "error" in answer:
             raise ProgramError(str(answer["error"]))
         if not {"value", "printed"} <= answer.keys():
             self.close()
-            raise ProgramError("it wrote something else than an answer")
+            raise ProgramError("it wrote something else than an answer", "crash")
         return answer
 
-    def _send(self, line: str) -> None:
+    def _send(self, message: Any) -> None:
         assert self._child is not None
         assert self._child.stdin is not None
         try:
-            self._child.stdin.write(line.encode() + b"\n")
+            self._child.stdin.write(json.dumps(message).encode() + b"\n")
             self._child.stdin.flush()
         except OSError:
             raise self._gone() from None
@@ -172,11 +188,11 @@ class Program:
         assert self._child is not None
         assert self._child.stdout is not None
         pipe = self._child.stdout.fileno()
-        began, used = time.monotonic(), self._processor_seconds()
+        began, used = time.monotonic(), self.processor_seconds()
         most = 12 * limits.output_chars + 10_000  # a character is up to six bytes of JSON, result and print-out
         while b"\n" not in self._unread:
             if not select.select([pipe], [], [], _CHECK_EVERY)[0]:
-                self._check_time(limits, began, used)
+                self.check_time(began, used, limits)
                 continue
             part = os.read(pipe, 1 << 16)
             self._unread += part
@@ -184,28 +200,30 @@ class Program:
                 raise self._gone()
             if len(self._unread) > most:
                 self.close()
-                raise ProgramError("it wrote more than the limit allows")
+                raise ProgramError("it wrote more than the limit allows", "output")
         line, _, self._unread = self._unread.partition(b"\n")
         try:
             answer = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
             self.close()
-            raise ProgramError("it wrote something else than an answer")
+            raise ProgramError("it wrote something else than an answer", "crash")
         return answer
 
-    def _check_time(self, limits: Limits, began: float, used: float) -> None:
-        spent, waited = self._processor_seconds() - used, time.monotonic() - began
+    def check_time(self, began: float, used: float, limits: Limits | None = None) -> None:
+        """End the child and raise ProgramError if it has taken too long since a time and `processor_seconds`."""
+        limits = limits or self.limits
+        spent, waited = self.processor_seconds() - used, time.monotonic() - began
         if spent > limits.cpu_seconds:
             self.close()
-            raise ProgramError(f"it computed for more than {limits.cpu_seconds:g} s and was ended")
+            raise ProgramError(f"it computed for more than {limits.cpu_seconds:g} s and was ended", "time")
         if waited > limits.wall_seconds:
             self.close()
-            raise ProgramError(f"it took more than {limits.wall_seconds:g} s and was ended")
+            raise ProgramError(f"it took more than {limits.wall_seconds:g} s and was ended", "time")
 
-    def _processor_seconds(self) -> float:
-        """Of the child so far; where the system does not say, the time on the clock."""
+    def processor_seconds(self) -> float:
+        """What the child has computed so far; where the system does not say, the time on the clock."""
         assert self._child is not None
         try:
             fields = Path(f"/proc/{self._child.pid}/stat").read_text().rpartition(")")[2].split()
@@ -219,8 +237,8 @@ class Program:
         status = self._child.wait()
         self.close()
         if status < 0:
-            return ProgramError(f"it crashed (signal {-status})")
-        return ProgramError(f"it ended the process (status {status})")
+            return ProgramError(f"it crashed (signal {-status})", "crash")
+        return ProgramError(f"it ended the process (status {status})", "crash")
 
 
 def _remove(child: subprocess.Popen[bytes], home: str) -> None:

@@ -202,6 +202,13 @@ def serve(setup: dict[str, Any], requests: Any, answers: Any) -> None:
     inside = {**vars(builtins), "__import__": guarded_import(frozenset(setup["modules"]))}
     space: dict[str, Any] = {"__name__": "program", "__builtins__": inside}
 
+    def ask(request: Any) -> Any:
+        answers.write(json.dumps({"ask": request}) + "\n")
+        answers.flush()
+        return json.loads(requests.readline())
+
+    space["ask"] = ask
+
     def answer(work: Any) -> None:
         printed = _Printed(most)
         try:

@@ -12,6 +12,7 @@ from fractions import Fraction
 
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s*\\?%)?")
 _FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_FENCED = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _WRITTEN = re.compile(r"\\text\{([^{}]*)\}|\\left|\\right|\\[,!;: ]|\\\(|\\\)|[\s$]")
 
 
@@ -57,6 +58,16 @@ def as_number(text: str) -> Fraction | None:
         return None
     above, _, below = plain.replace(",", "").partition("/")
     return Fraction(above) / Fraction(below or 1)
+
+
+def program_in(text: str) -> str:
+    """The program that a text contains: its last block of Python between fences, closed or not; without any, all of it.
+
+    A fence that names no language counts as Python.
+    """
+    blocks = _FENCED.findall(text)
+    written = [block for language, block in blocks if language.lower() in ("", "py", "python", "python3")]
+    return str(written[-1]) if written else text
 
 
 def answer_matches(prompts: Sequence[object], completions: Sequence[str], *, answer: Sequence[object]) -> list[float]:

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, Literal, Protocol, Self, TypeAlias
 
 import torch
 import yaml
@@ -29,6 +29,9 @@ from safetensors.torch import load_file, save_file
 from echelon.errors import CheckpointError, ConfigError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+
+Label: TypeAlias = int | Literal["auto", "latest", "best"]
+"""Which model of a run: that of a step, the newest whole one, the best it kept; auto is the best, or else the newest."""
 
 MAY_CHANGE = frozenset(
     {"steps", "epochs", "max_steps", "resume", "save_every", "keep_last", "threads", "dry_run", "traceback", "out"}
@@ -216,26 +219,53 @@ class Checkpoints:
                 shutil.rmtree(gone, ignore_errors=True)  # what is left goes when the run is next opened
 
 
-def find_checkpoint(path: Path, role: str = "actor") -> Path:
-    """The Hugging Face folder meant by `path`: a model folder, a checkpoint, or a run directory (its newest whole one).
+def find_checkpoint(path: Path, role: str = "actor", label: Label = "latest") -> Path:
+    """The Hugging Face folder meant by `path`: a model folder, a checkpoint, or a run directory, of which `label` says
+    which model.
 
     In a checkpoint it is the folder of `role`. Raises CheckpointError that says what was found instead.
     """
+    home = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    is_run = home != path or bool(_steps(home))
+    if label not in ("auto", "latest") and not is_run:
+        raise CheckpointError(f"label = {label}: '{path}' is no run directory, so there is no choice. Leave it out.")
+    if label in ("auto", "best") and _is_model(path / "best"):
+        return path / "best"
+    if label == "best":
+        raise CheckpointError(
+            f"label = best: {path} kept no best model; sft, reward and dpo do, with rows held out. "
+            f"Give latest, or one of the steps {', '.join(map(str, sorted(_steps(home))))}."
+        )
     if _is_model(path):
         return path
-    if path.is_dir() and (_STEP.fullmatch(path.name) or (path / "manifest.json").is_file()):
-        if problem := _problem(path):
-            raise CheckpointError(f"{path}: {problem}. Use another checkpoint.")
-        checkpoint = path
-    elif (path / "checkpoints").is_dir() or _steps(path):
-        checkpoint = _newest_whole(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-    else:
-        what = "has no config.json, no manifest.json and no checkpoints" if path.is_dir() else "is not a folder"
-        raise CheckpointError(f"{path}: {what}. Name a model folder, a checkpoint or a run directory.")
+    checkpoint = _of_step(home, label) if isinstance(label, int) else whole_checkpoint(path)
     if not _is_model(checkpoint / role):
         models = sorted(child.name for child in checkpoint.iterdir() if _is_model(child))
         raise CheckpointError(f"{checkpoint}: holds no model '{role}', but {_listed(models)}. Name one of these roles.")
     return checkpoint / role
+
+
+def whole_checkpoint(path: Path) -> Path:
+    """The checkpoint meant by `path`: itself, or the newest whole one of a run directory. Raises CheckpointError."""
+    if path.is_dir() and (_STEP.fullmatch(path.name) or (path / "manifest.json").is_file()):
+        if problem := _problem(path):
+            raise CheckpointError(f"{path}: {problem}. Use another checkpoint.")
+        return path
+    if (path / "checkpoints").is_dir() or _steps(path):
+        return _newest_whole(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    what = "has no config.json, no manifest.json and no checkpoints" if path.is_dir() else "is not a folder"
+    raise CheckpointError(f"{path}: {what}. Name a model folder, a checkpoint or a run directory.")
+
+
+def _of_step(home: Path, step: int) -> Path:
+    """The checkpoint of one step, if it is whole."""
+    found = _steps(home)
+    if step not in found:
+        raise CheckpointError(
+            f"label = {step}: {home} has no checkpoint of that step. "
+            f"There are: {', '.join(map(str, sorted(found))) or 'none'}."
+        )
+    return whole_checkpoint(found[step])
 
 
 def _nothing_to_resume(folder: Path) -> CheckpointError:

@@ -115,6 +115,7 @@ def update_policy(
     tokens_per_pass: int,
     seed: int,
     ptx: Callable[[int], Batch] | None = None,
+    self_likelihood: float = 0.0,
 ) -> dict[str, float]:
     """All optimizer steps on one batch with advantages; what they logged, averaged, under "policy/".
 
@@ -128,7 +129,8 @@ def update_policy(
     means that are logged are then over the tokens of the others.
 
     `ptx(version)` is what is imitated, with weight `ptx_coef`, in the optimizer step that makes that version into the
-    next. The log-probs of the reference are computed unless the batch has them.
+    next. The log-probs of the reference are computed unless the batch has them. `self_likelihood` is the weight of
+    imitating what the policy itself has just said, whatever it earned (`policy_loss`).
     """
     if settings.ptx_coef and ptx is None:
         raise ConfigError(f"policy.ptx_coef = {settings.ptx_coef}: nothing is there to imitate. Use a recipe with ptx.")
@@ -136,7 +138,7 @@ def update_policy(
         batch.ref_logprobs = reference_logprobs(
             reference, batch, temperature=temperature, tokens_per_pass=tokens_per_pass
         )
-    choose = those_that_teach if settings.only_advantages else None
+    choose = those_that_teach if settings.only_advantages and not self_likelihood else None
     taught = batch if choose is None else choose(batch)
     first, exact = policy.version, next(policy.module.parameters()).dtype == torch.float32
     quiet = mismatch_without_dropout(policy, taught, temperature, tokens_per_pass) if drops(policy.module) else None
@@ -145,7 +147,9 @@ def update_policy(
     def loss_fn(module: nn.Module, part: Batch | Imitated) -> tuple[Tensor, dict[str, float]]:
         if isinstance(part, Imitated):
             return imitation_loss(module, part.batch, weight=settings.ptx_coef)
-        loss, stats = policy_loss(module, part, settings=settings, temperature=temperature)
+        loss, stats = policy_loss(
+            module, part, settings=settings, temperature=temperature, self_likelihood=self_likelihood
+        )
         if policy.version == first and exact and quiet is None:
             check_mismatch(stats["mismatch/max"], settings.max_mismatch)
         return loss, stats
@@ -236,9 +240,12 @@ def passes(
 
 
 def policy_loss(
-    module: nn.Module, batch: Batch, *, settings: PolicyConfig, temperature: float
+    module: nn.Module, batch: Batch, *, settings: PolicyConfig, temperature: float, self_likelihood: float = 0.0
 ) -> tuple[Tensor, dict[str, float]]:
     """What `settings.loss` names, less the entropy bonus, plus KL to the start; a mean over tokens.
+
+    `self_likelihood` times the mean negative log-likelihood of the sampled tokens is added besides: it raises the
+    probability of what was said, good or bad, and sharpens the policy.
 
     The loss is divided by `batch.denom`, the statistics by `batch.counted`. Where the batch has weights, entropy and KL
     are weighed by them, as the advantages have been.
@@ -254,6 +261,10 @@ def policy_loss(
         kl = {"k2": losses.kl_k2, "k3": losses.kl_k3}[settings.kl_loss]
         loss = loss + settings.kl_coef * weights * kl(logprobs, ref, batch.mask)
         stats["kl_to_start"] = losses.kl_k3(logprobs, ref, batch.mask).detach()
+    if self_likelihood:
+        nll = losses.nll(logprobs)
+        loss = loss + self_likelihood * weights * nll
+        stats["self_nll"] = nll.detach()
     return losses.token_sum(loss, batch.mask, batch.denom), losses.reduce_stats(stats, batch.mask, batch.counted)
 
 

@@ -22,7 +22,7 @@ from echelon.data.packing import Batch
 from echelon.ops import losses
 from echelon.ops.masked import masked_whiten
 from echelon.ops.shaped import Moments, adaptive_kl, kl_rewards, normalise
-from echelon.types import Episode
+from echelon.types import Episode, Turn
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,57 @@ class Shaper:
 
         Raises DataError when KL counts and the batch has no reference log-probs.
         """
-        score_N = self._scores(played)
-        rewards_BT = batch.at_end(score_N)
-        metrics = {"shaped/score": float(score_N.sum()) / len(played)}
-        if self.kl_coef or batch.ref_logprobs is not None:
-            old = losses.require(batch.logprobs, "logprobs", "The sampler must return them.")
-            ref = losses.require(batch.ref_logprobs, "ref_logprobs", "kl_coef needs the starting policy's log-probs.")
-            kl = float(losses.kl_k1(old, ref, batch.mask).sum()) / len(played)
-            metrics |= {"shaped/kl": kl, "shaped/kl_coef": self.kl_coef, "shaped/kl_reward": -self.kl_coef * kl}
-            if self.kl_coef:
-                rewards_BT = rewards_BT + kl_rewards(old, ref, batch.mask, coef=self.kl_coef)
+        turns = [turn for episode in played for turn in episode.turns]
+        earned_N, returns = torch.tensor([turn.reward for turn in turns]), [episode.reward for episode in played]
+        score_N = self.scores(earned_N, last_N=_last(played), returns=returns, cut_off_N=cut_off(turns))
+        rewards_BT, kl = self.less_kl(batch.at_end(score_N), batch, episodes=len(played))
+        metrics = {"shaped/score": float(score_N.sum()) / len(played)} | kl
         metrics["shaped/return"] = metrics["shaped/score"] + metrics.get("shaped/kl_reward", 0.0)
-        if self.settings.whiten:
-            rewards_BT = masked_whiten(rewards_BT, batch.mask, shift_mean=False)
-        return rewards_BT, metrics
+        return self.whitened(rewards_BT, batch), metrics
+
+    def scores(
+        self,
+        rewards_N: Float[Tensor, "N"],
+        *,
+        last_N: Bool[Tensor, "N"],
+        returns: Sequence[float],
+        cut_off_N: Bool[Tensor, "N"],
+    ) -> Float[Tensor, "N"]:
+        """What each turn is worth, KL aside: normalised by all `returns` seen so far, bounded, less what a missing end
+        costs. `last_N` marks the turns that end what the returns are of.
+        """
+        if self.settings.normalize != "off":
+            self.moments = self.moments.having_seen(returns)
+            rewards_N = normalise(rewards_N, last_N, self.moments, how=self.settings.normalize)
+        if self.settings.clip is not None:
+            rewards_N = rewards_N.clamp(-self.settings.clip, self.settings.clip)
+        if self.settings.missing_end_penalty:
+            rewards_N = rewards_N - self.settings.missing_end_penalty * cut_off_N.float()
+        return rewards_N
+
+    def less_kl(
+        self, rewards_BT: Float[Tensor, "B T"], batch: Batch, *, episodes: int
+    ) -> tuple[Float[Tensor, "B T"], dict[str, float]]:
+        """Rewards of tokens less the weight of KL times each token's, and what that KL is, per episode.
+
+        Raises DataError when KL counts and the batch has no reference log-probs.
+        """
+        if not self.kl_coef and batch.ref_logprobs is None:
+            return rewards_BT, {}
+        old = losses.require(batch.logprobs, "logprobs", "The sampler must return them.")
+        ref = losses.require(batch.ref_logprobs, "ref_logprobs", "kl_coef needs the starting policy's log-probs.")
+        kl = float(losses.kl_k1(old, ref, batch.mask).sum()) / episodes
+        if self.kl_coef:
+            rewards_BT = rewards_BT + kl_rewards(old, ref, batch.mask, coef=self.kl_coef)
+        return rewards_BT, {
+            "shaped/kl": kl,
+            "shaped/kl_coef": self.kl_coef,
+            "shaped/kl_reward": -self.kl_coef * kl,
+        }
+
+    def whitened(self, rewards_BT: Float[Tensor, "B T"], batch: Batch) -> Float[Tensor, "B T"]:
+        """Rewards of tokens, at deviation 1 if settings ask for it; their mean stays."""
+        return masked_whiten(rewards_BT, batch.mask, shift_mean=False) if self.settings.whiten else rewards_BT
 
     def adapt(self, shaped: dict[str, float], *, episodes: int) -> None:
         """Move the weight of KL towards what keeps the KL of these episodes, as `rewards` measured it, at its target.
@@ -111,19 +148,10 @@ class Shaper:
         state = json.loads((folder / "shaping.json").read_text())
         self.kl_coef, self.moments = state.pop("kl_coef"), Moments(**state)
 
-    def _scores(self, played: Sequence[Episode]) -> Float[Tensor, "N"]:
-        """What each turn is worth, KL aside."""
-        turns = [turn for episode in played for turn in episode.turns]
-        rewards_N = torch.tensor([turn.reward for turn in turns])
-        if self.settings.normalize != "off":
-            self.moments = self.moments.having_seen([episode.reward for episode in played])
-            rewards_N = normalise(rewards_N, _last(played), self.moments, how=self.settings.normalize)
-        if self.settings.clip is not None:
-            rewards_N = rewards_N.clamp(-self.settings.clip, self.settings.clip)
-        if self.settings.missing_end_penalty:
-            cut_off_N = torch.tensor([float(turn.stop == "length") for turn in turns])
-            rewards_N = rewards_N - self.settings.missing_end_penalty * cut_off_N
-        return rewards_N
+
+def cut_off(turns: Sequence[Turn]) -> Bool[Tensor, "N"]:
+    """Which turns ended because they had reached their greatest length."""
+    return torch.tensor([turn.stop == "length" for turn in turns])
 
 
 def _last(played: Sequence[Episode]) -> Bool[Tensor, "N"]:

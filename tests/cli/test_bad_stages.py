@@ -332,6 +332,7 @@ MODELS = [
         "reward empty: 'empty' is a folder without config.json, so it is not a Hugging Face model folder.",
     ),
     (f"{PPO} --reward nowhere", f"reward nowhere: {NOT_THERE}"),
+    (f"{PPO} --reward good/nowhere", f"reward good/nowhere: {NOT_THERE.replace('nowhere', 'good/nowhere')}"),
     (f"{PPO} {SHORT} --value-path nowhere", NOT_THERE),
     (
         f"{PPO} {SHORT} --value-path other",
@@ -399,7 +400,7 @@ ADAPTERS = [
     (f"{MERGE} --base nowhere", "base = nowhere: it has no config.json that can be read. Give a model's folder."),
     (f"{MERGE} --push me/mine", "push = me/mine: the hub does not know who you are (…"),
     (f"{MERGE} --public", "public = true: nothing is uploaded. Give push too."),
-    (f"{MERGE} --resume", "resume = true: a merge is not resumed: nothing of it is left. Run it again."),
+    (f"{MERGE} --resume", "unknown flag '--resume'."),
 ]
 """Adapters that cannot be used, and merges that cannot be made."""
 
@@ -425,7 +426,7 @@ SETTINGS = [
     (f"{PPO} {SHORT} --env guess_number", "env = guess_number: data.path gives tasks too. Keep one of the two."),
     (
         PPO,
-        "reward = []: nothing says what an answer is worth. Give path.py:function or the folder of a reward model.",
+        "reward = []: nothing says what an answer is worth. Give path.py:function, a reward model's folder, or code.",
     ),
     (
         f"{PPO} {SHORT} --reward-weights 1 2",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from echelon import cli
-from echelon.config import RunConfig, load, to_yaml
+from echelon.config import CommandConfig, RunConfig, load, to_yaml
 from echelon.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def explained(config: type) -> set[str]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_says_what_it_is_and_what_every_setting_means(recipe: str) -> None:
     config = config_of(recipe)
-    assert issubclass(config, RunConfig)
+    assert issubclass(config, CommandConfig)
     assert config.__dataclass_params__.frozen
     assert 0 < len(cli.recipes()[recipe]) <= 120
     assert {field.name for field in dataclasses.fields(config)} - explained(config) == set()
@@ -64,9 +64,10 @@ def test_every_settings_file_needs_a_run_directory_at_most(file: Path, tmp_path:
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_the_rules_of_every_run_hold_in_every_recipe(file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^keep_last = 0: "):
-        load(config_of(file.parent.name), [file], ["--out", "runs/x", "--keep-last", "0"])
+    with pytest.raises(ConfigError, match=r"^seed = -1: "):
+        load(config_of(file.parent.name), [file], ["--out", "runs/x", "--seed", "-1"])
 
 
 def test_the_documented_fields_are_found() -> None:
-    assert explained(RunConfig) == {field.name for field in dataclasses.fields(RunConfig)}
+    fields = {field.name for field in dataclasses.fields(RunConfig)}
+    assert explained(RunConfig) == fields > {field.name for field in dataclasses.fields(CommandConfig)}

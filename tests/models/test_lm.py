@@ -125,6 +125,7 @@ def test_weights_take_the_type_they_are_asked_for(folder: Path) -> None:
         ("", "model.path is empty"),
         ("./nowhere", r"there is no model folder '\./nowhere'"),
         ("nowhere", "there is no model folder 'nowhere'"),
+        ("tests/nowhere", "there is no model folder 'tests/nowhere'"),  # the hub has no such owner: tests is a folder
         ("someone/nothing", "could be loaded from 'someone/nothing'"),
     ],
 )

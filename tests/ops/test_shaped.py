@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.ops.shaped import Moments, adaptive_kl, kl_rewards, normalise
+from echelon.ops.credit import discounted_returns
+from echelon.ops.shaped import Moments, adaptive_kl, dense_rewards, kl_rewards, normalise, surprisal_rewards
 
 
 def test_the_weight_of_kl_moves_by_at_most_a_fifth_per_horizon() -> None:
@@ -59,3 +60,31 @@ def test_returns_that_do_not_vary_are_not_divided() -> None:
     rewards, last, moments = torch.tensor([2.0, 2.0]), torch.tensor([True, True]), Moments().having_seen([2.0, 2.0])
     assert normalise(rewards, last, moments, how="scale").tolist() == [2.0, 2.0]
     assert normalise(rewards, last, moments, how="standard").tolist() == [0.0, 0.0]
+
+
+REPLIES = torch.tensor([[-1, 0, 0, 0, 0, -1], [-1, -1, 1, 1, -1, -1]])
+"""A reply of four tokens and one of two."""
+
+
+def test_dense_satisfaction_that_is_length_neutral_adds_up_to_the_reward() -> None:
+    found = dense_rewards(torch.tensor([4.0, 3.0]), REPLIES, REPLIES >= 0, how="length_neutral")
+    torch.testing.assert_close(found, torch.tensor([[0, 1.0, 1, 1, 1, 0], [0, 0, 1.5, 1.5, 0, 0]]))
+    eight = torch.zeros(1, 8, dtype=torch.long)
+    assert dense_rewards(torch.tensor([4.0]), eight, eight >= 0, how="length_neutral").tolist() == [[0.5] * 8]
+
+
+def test_dense_satisfaction_as_written_is_worth_its_length() -> None:
+    found = dense_rewards(torch.tensor([4.0, 4.0]), REPLIES, REPLIES >= 0, how="literal")
+    assert found.sum(1).tolist() == [16.0, 8.0]  # the same satisfaction, twice the return
+    to_go = discounted_returns(found[:1, 1:5], gamma=1.0)
+    assert to_go.tolist() == [[16.0, 12.0, 8.0, 4.0]]  # proportional to the remaining length
+
+
+def test_surprisal_pays_for_what_is_unlikely_and_centred_it_adds_up_to_nothing() -> None:
+    mask = torch.tensor([[False, True, True], [True, False, False]])
+    logprobs = torch.tensor([[math.nan, -1.0, -4.0], [-1.0, math.inf, 7.0]])
+    raw = surprisal_rewards(logprobs, mask, coef=0.01)
+    torch.testing.assert_close(raw, torch.tensor([[0, 0.01, 0.04], [0.01, 0, 0]]))
+    centred = surprisal_rewards(logprobs, mask, coef=0.01, mean=2.0)
+    torch.testing.assert_close(centred, torch.tensor([[0, -0.01, 0.02], [-0.01, 0, 0]]))
+    assert centred.sum().item() == pytest.approx(0.0, abs=1e-8)

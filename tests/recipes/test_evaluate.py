@@ -106,6 +106,77 @@ def test_a_run_directory_is_a_model(train, game: list[str]) -> None:
     assert len(run.rows("episodes")) == 2
 
 
+@pytest.fixture
+def run_of_three(train, game: list[str]):
+    """A run with the checkpoints of steps 0, 1 and 2."""
+    few = ("--steps", 2, "--tasks-per-step", 2, "--group-size", 2, "--save-every", 1, "--keep-last", 3)
+    return train("grpo", *game, *few, "--policy.optim.lr", 0.1, name="trained")
+
+
+def test_a_run_is_evaluated_by_label_and_keeps_the_results_by_the_name_of_what_was_evaluated(run_of_three) -> None:
+    run = run_of_three.out
+
+    def played(*words: str) -> list[str]:
+        flags = ["--env", "guess_number", "--env-settings", "high=4", "max_turns=3", "--max-tokens", "3"]
+        assert cli.main(["evaluate", *words, *flags, "--episodes", "8", "--threads", "1"]) == 0
+        folder = max((run / "evaluation").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        found = json.loads((folder / "evaluation.json").read_text())
+        return [folder.name, *(episode["text"] for episode in found["episodes"])]
+
+    newest = played(str(run))
+    assert newest[0] == "step_000002_test"
+    assert played(str(run), "--label", "latest", "--overwrite") == newest
+    first, second = played(str(run), "--label", "0"), played("--model.path", str(run), "--label", "1")
+    assert (first[0], second[0]) == ("step_000000_test", "step_000001_test")
+    assert first[1:] != newest[1:]
+
+
+def test_labels_that_a_run_does_not_have_are_one_line(
+    run_of_three, untrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of_three.out
+    for words, message in (
+        ((run, "--label", 7), f"label = 7: {run}/checkpoints has no checkpoint of that step. There are: 0, 1, 2."),
+        ((run, "--label", "best"), f"label = best: {run} kept no best model; sft, reward and dpo do, with rows held out"),
+        ((run, "--label", "newest"), "--label newest: expected a whole number or one of auto, latest, best."),
+        ((untrained, "--label", 3, "--out", "x"), f"label = 3: '{untrained}' is no run directory, so there is no"),
+        ((run, untrained), f"unexpected '{untrained}' after '{run}': one model at a time."),
+        (("lost/run.yaml",), "lost/run.yaml: no such file."),
+        ((untrained,), "out is missing: nothing sets it."),
+        ((run, "--resume"), "unknown flag '--resume'."),
+        ((run, "--save-every", 3), "unknown flag '--save-every'."),
+    ):
+        capsys.readouterr()
+        assert cli.main(["evaluate", *map(str, words), *NUMBERS]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(message), said
+        assert said.count("\n") == 1
+    assert not (run / "evaluation").exists()
+
+
+def test_the_best_model_of_a_run_that_keeps_one_is_what_auto_means(
+    train, untrained: Path, conversations: Path
+) -> None:
+    data = ("--data.path", conversations, "--data.eval-fraction", 0.2, "--rows-per-step", 16, "--max-steps", 2)
+    run = train("sft", "--model.path", untrained, *data, name="tuned")
+    for words in ((), ("--label", "latest")):
+        assert cli.main(["evaluate", str(run.out), *NUMBERS, "--episodes", "1", "--threads", "1", *words]) == 0
+    assert {path.name for path in (run.out / "evaluation").iterdir()} == {"best_test", "step_000002_test"}
+
+
+@pytest.mark.parametrize("who", ["model", "random"])
+def test_every_step_is_in_the_file_whoever_played(train, playing: list[str], who: str) -> None:
+    run = train("evaluate", *playing, "--player", who)
+    found = json.loads((run.out / "evaluation.json").read_text())
+    rows = run.rows("episodes")
+    assert found["average_score"] == pytest.approx(sum(row["reward"] for row in rows) / 8)
+    for episode, row in zip(found["episodes"], rows, strict=True):
+        assert (episode["score"], episode["ending"]) == (row["reward"], row["ending"])
+        assert [(step["text"], step["reward"]) for step in episode["steps"]] == [
+            (turn["text"], turn["reward"]) for turn in row["turns"]
+        ]
+
+
 def test_failed_episodes_are_left_out_within_the_budget(
     train, fragile: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +214,7 @@ def test_a_dry_run_plays_nothing(train, playing: list[str], capsys: pytest.Captu
     ("settings", "message"),
     [
         ({}, r"^model.path is missing"),
-        ({"player": "random", "resume": True}, r"^resume = true: an evaluation is not resumed"),
+        ({"player": "random", "label": -1}, r"^label = -1: steps are counted from 0"),
         ({"player": "random", "top_p": 0.0}, r"^top_p = 0.0: it is a probability"),
         ({"player": "random", "temperature": -1.0}, r"^temperature = -1.0: probabilities would be turned around"),
     ],

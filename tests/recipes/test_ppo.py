@@ -13,8 +13,9 @@ from echelon.data.packing import Batch, pack
 from echelon.errors import ConfigError, DataError
 from echelon.models.heads import TokenValue
 from echelon.models.lm import load_lm
-from echelon.recipes.ppo import Config, after_rows, before_turns, final_values, judge, mean_return, value_loss
+from echelon.recipes.ppo import Config, after_rows, final_values, judge, mean_return
 from echelon.train.learner import Learner
+from echelon.train.value import before_turns, value_loss
 from echelon.types import Episode, Turn
 
 SMALL = ("--steps", 3, "--episodes-per-step", 8, "--warmup-steps", 1, "--policy.epochs", 2, "--value-epochs", 2)

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from echelon.envs import load_env
-from echelon.rollout.evaluate import Estimate, bootstrap, rollout_metrics, scripted_loop, summarise
+from echelon.rollout.evaluate import (
+    Estimate,
+    bootstrap,
+    evaluation_record,
+    rollout_metrics,
+    scripted_loop,
+    summarise,
+)
 from echelon.rollout.roles import collect
 from echelon.types import Episode, Turn
 
@@ -108,3 +115,18 @@ def test_a_scripted_player_plays_like_a_role(kind: str, won: bool) -> None:
     assert all(e.reward == pytest.approx(1.0) for e in episodes) == won
     again = asyncio.run(collect(spec.tasks("test"), play, seed=0))
     assert [[t.text for t in e.turns] for e in episodes] == [[t.text for t in e.turns] for e in again]
+
+
+def test_a_record_has_every_step_and_the_average_leaves_failed_episodes_out() -> None:
+    chosen = episode(-1.0, 3.0)
+    chosen.turns[1].seed = 7
+    record = evaluation_record([chosen, episode(9.0, ending="failed"), episode(0.0)], {7: {"chosen": 2}})
+    assert record["average_score"] == 1.0
+    first, second, _ = record["episodes"]
+    assert (first["score"], first["ending"], first["text"]) == (2.0, "terminated", "said 0said 1")
+    assert first["steps"] == [
+        {"role": "actor", "text": "said 0", "reward": -1.0},
+        {"role": "actor", "text": "said 1", "reward": 3.0, "chosen": 2},
+    ]
+    assert (second["score"], second["ending"]) == (None, "failed")
+    assert evaluation_record([episode(1.0, ending="failed")])["average_score"] is None

@@ -1,0 +1,273 @@
+"""Responder: PPO on replies that follow a given strategy. The lower level of ToSCA, learned alone.
+
+ToSCA (arXiv 2608.21969) has one model choose how to reply and another write the reply. Here the second learns: it reads
+the conversation and a strategy that a data set, chance or a trained strategist gives, writes one reply, and is rewarded
+for that reply: by a reward model, a function, a judge, or the environment's satisfaction. Every reply is an episode of
+its own to PPO, its tokens the steps; nothing is worth anything after its last token. Warm start: `echelon sft`.
+
+Deviations from the paper and its code, each a setting: satisfaction is paid at the last token, not at every one
+(`low.dense`); the reward for surprisal is off, and centred where it is on (`low.surprisal`); so is the loss that raises
+the likelihood of the responder's own replies (`low.self_likelihood_coef`), which does the opposite; the mean of a loss
+is over tokens; before its first update the value model is shifted to the mean return. docs/algorithms/responder.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from echelon.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    SamplingConfig,
+    Settings,
+    TaskConfig,
+    demand,
+    require,
+    to_yaml,
+)
+from echelon.data.strategies import TransitionConfig
+from echelon.envs import EnvSpec
+from echelon.errors import ConfigError
+from echelon.rollout.dialogue import RESPONDER, STRATEGIST, env_inventory, named, strategy_loop
+from echelon.rollout.evaluate import rollout_metrics
+from echelon.rollout.learners import open_value, ptx_batches
+from echelon.rollout.rewards import Rewards, open_rewards
+from echelon.rollout.roles import Role, collect
+from echelon.rollout.setup import Actor, describe, open_actor, open_env, set_threads, task_batch
+from echelon.rollout.told import open_states, open_strategist, teller, told_loop
+from echelon.seeds import derive_seed
+from echelon.text.dialogue import Inventory
+from echelon.text.dialogue import inventory as inventory_of
+from echelon.text.endpoint import shared_endpoint
+from echelon.train.checkpoint import Checkpoints
+from echelon.train.log import Log, episode_rows
+from echelon.train.responder import Judged, Lower, ResponderConfig
+from echelon.types import Episode, Play, Task, Turn
+
+JUDGE = "judge"
+"""What `reward` calls the endpoint of the setting of that name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TaskConfig):
+    """Settings of the responder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The responder: a model folder, an adapter's folder, a run directory or a hub id."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """An adapter that learns in place of the responder's weights; KL is then to the model without it."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How replies are drawn."""
+    columns: TransitionConfig = field(default_factory=TransitionConfig)
+    """How the columns of data.path are called."""
+    strategies: tuple[str, ...] = ()
+    """The strategies: the name of an inventory (esconv, daily_dialog), or two or more names. Empty: those of the
+    environment, or of the strategist's folder."""
+    options: tuple[str, ...] = ()
+    """What stands for each strategy; empty is (1), (2), and so on."""
+    strategist: str = ""
+    """Who gives the strategy: data (that of the row), random, none, the name of one, or the folder of a strategist.
+    Empty: data where there is data.path, else random."""
+    strategist_epsilon: float = 0.0
+    """Probability with which a strategist's choice is replaced by a random one."""
+    judge: Settings = field(default_factory=dict)
+    """The endpoint that judges replies to data.path, where `reward` names judge: url, model, and more."""
+    steps: int = 100
+    """Training steps; each plays episodes and updates value model and responder."""
+    episodes_per_step: int = 64
+    """States, or dialogues, played per step."""
+    replies_per_state: int = 1
+    """How often each of them is played."""
+    max_turns: int = 100
+    """A dialogue is cut off (truncated, not terminated) after this many replies."""
+    error_budget: float = 0.1
+    """Fraction of a step's episodes that may fail before the run stops."""
+    value_path: str = ""
+    """What the value model starts as: a reward model, whose head it keeps, or a language model. Empty: responder."""
+    low: ResponderConfig = field(default_factory=ResponderConfig)
+    """How the responder learns."""
+    ptx: DataConfig = field(default_factory=DataConfig)
+    """Conversations whose answers the responder goes on learning to say, weighted by low.policy.ptx_coef."""
+    ptx_rows: int = 8
+    """Conversations that join each optimizer step of the responder."""
+    eval_every: int = 0
+    """Steps between evaluations on what is held out; 0 evaluates nothing."""
+    eval_episodes: int = 64
+    """Episodes of an evaluation."""
+    tokens_per_pass: int = 4096
+    """Most tokens, padding included, in one forward and backward pass."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "model.path")
+        counts = ("steps", "episodes_per_step", "replies_per_state", "max_turns", "ptx_rows", "eval_episodes")
+        for name in (*counts, "tokens_per_pass"):
+            demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
+        demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
+        demand(self, "strategist_epsilon", 0 <= self.strategist_epsilon <= 1, "it is a probability. Give 0 to 1.")
+        demand(self, "eval_every", self.eval_every >= 0, "it counts steps. Give 0 to evaluate nothing.")
+        told = self.strategist != "data" or bool(self.data.path)
+        demand(self, "strategist", told, "an environment has no rows that name one. Give random, or data.path.")
+        folder = Path(self.strategist).is_dir() if self.strategist else False
+        known = not self.data.path or bool(self.strategies) or folder
+        demand(self, "strategies", known, "nothing says what the rows choose from. Give esconv, or list their names.")
+        judged = JUDGE not in self.reward or bool(self.judge)
+        demand(self, "judge", judged, "reward names a judge and nothing says where. Give url=… model=….")
+        asked = not self.judge or JUDGE in self.reward
+        demand(self, "judge", asked, "nobody is asked to judge. Add judge to reward.")
+        fits = JUDGE not in self.reward or bool(self.data.path)
+        demand(self, "judge", fits, "an environment has a judge of its own. Set env_settings, or give data.path.")
+        weight = self.low.policy.ptx_coef
+        because = "these rows would count nothing. Give low.policy.ptx_coef a weight, such as 0.05."
+        demand(self, "ptx.path", not self.ptx.path or weight > 0, because)
+        because = "there is nothing to weigh. Give ptx.path the conversations."
+        demand(self, "low.policy.ptx_coef", not weight or bool(self.ptx.path), because)
+
+
+@dataclass(slots=True)
+class World:
+    """What is played, and how."""
+
+    env: EnvSpec
+    play: Play
+    rewards: Rewards
+    inventory: Inventory
+
+
+def main(cfg: Config) -> None:
+    """Train; the run directory holds checkpoints, metrics.jsonl and episodes.jsonl."""
+    actor = open_actor(cfg.model, cfg.sampling, lora=cfg.lora, name=RESPONDER)
+    world = open_world(cfg, actor.role)
+    set_threads(cfg.threads, actor.module)
+    lower = open_lower(cfg, actor)
+    if cfg.dry_run:
+        most = cfg.max_turns if cfg.env else 1
+        sampled = cfg.episodes_per_step * cfg.replies_per_state * most * cfg.sampling.max_tokens
+        return describe({"responder": actor.module, "value": lower.online}, tokens_per_step=sampled)
+
+    tasks, parts = world.env.tasks("train"), lower.parts()
+    held_out = world.env.tasks("test") if cfg.eval_every else []
+    out = Path(cfg.out)
+    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+        start = checkpoints.restore(parts)[0] if cfg.resume else 0
+        actor.sampler.load(lower.policy.weights(), lower.policy.version)
+        if not cfg.resume:
+            checkpoints.save(0, parts)
+        with Log(out, total=cfg.steps, start=start, name="responder", config=cfg.log, settings=cfg) as log:
+            for step in range(start, cfg.steps):
+                seed = derive_seed(cfg.seed, step)
+                torch.manual_seed(seed)  # dropout, where an adapter has any
+                chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
+                episodes, given = play(cfg, world, chosen, seed=seed, siblings=cfg.replies_per_state)
+                judged, turns = judge(lower, episodes)
+                learned = lower.learn(judged, seed=seed)
+                # Also while warming up: it forgets what it has cached, as a resumed run would have.
+                actor.sampler.load(lower.policy.weights(), lower.policy.version)
+
+                metrics = {**rollout_metrics(of_replies(episodes)), **given, **judged.metrics, **learned}
+                if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+                    metrics |= evaluate(cfg, world, held_out)
+                log.metrics(step, metrics)
+                told = {name: zip(turns, x_N.tolist(), strict=True) for name, x_N in judged.columns.items()}
+                log.episodes(step, episode_rows(episodes[:8], per_turn=told))
+                if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+                    checkpoints.save(step + 1, parts)
+
+
+def open_world(cfg: Config, responder: Role) -> World:
+    """States or an environment, who gives the strategies, and what replies earn besides."""
+    source = cfg.strategist or ("data" if cfg.data.path else "random")
+    env = open_env(cfg.env, cfg.env_settings, trust_code=cfg.trust_task_code) if cfg.env else None
+    strategist = None
+    if Path(source).is_dir():
+        epsilon = cfg.strategist_epsilon
+        strategist, found = open_strategist(source, cfg.model, cfg.sampling, epsilon=epsilon)
+        inventory = same_strategies(cfg, found)
+    elif env is not None:
+        inventory = env_inventory(env, cfg.strategies, cfg.options)
+    else:
+        inventory = inventory_of(cfg.strategies, cfg.options)
+    if env is None:
+        asked = shared_endpoint(cfg.judge) if cfg.judge else None
+        weight = dict(zip(cfg.reward, cfg.reward_weights, strict=False)).get(JUDGE, 1.0)
+        read = partial(open_states, cfg.data, inventory, cfg.columns, responder, seed=cfg.seed)
+        env = read(judge=asked, weight=weight)
+    if strategist is None:
+        how = told_loop(env.make, responder, teller(source, inventory), max_turns=cfg.max_turns)
+    else:
+        how = strategy_loop(env.make, strategist, responder, inventory=inventory, max_turns=cfg.max_turns)
+    return World(env, how, open_others(cfg), inventory)
+
+
+def same_strategies(cfg: Config, own: Inventory) -> Inventory:
+    """The strategist's own, unless settings name others: raises ConfigError where they are not the same."""
+    if cfg.strategies and inventory_of(cfg.strategies, cfg.options) != own:
+        raise ConfigError(
+            f"strategies: the strategist in {cfg.strategist} chooses from {', '.join(own.strategies)}, as "
+            f"{', '.join(own.options)}. Name the same ones, or leave strategies out."
+        )
+    return own
+
+
+def open_others(cfg: Config) -> Rewards:
+    """What replies earn besides what the judge, or the environment, gives."""
+    others = tuple(spec for spec in cfg.reward if spec != JUDGE)
+    if not others:
+        return Rewards()
+    weights = tuple(weight for spec, weight in zip(cfg.reward, cfg.reward_weights, strict=False) if spec != JUDGE)
+    listed = replace(cfg, reward=others, reward_weights=weights, judge={})
+    return open_rewards(listed, device=cfg.model.device, tokens_per_pass=cfg.tokens_per_pass)
+
+
+def open_lower(cfg: Config, actor: Actor) -> Lower:
+    """What learns."""
+    return Lower(
+        cfg.low,
+        actor.module,
+        open_value(actor, cfg.value_path, model=cfg.model, lora=cfg.lora, seed=cfg.seed),
+        tokenizer=actor.tokenizer,
+        temperature=cfg.sampling.temperature,
+        tokens_per_pass=cfg.tokens_per_pass,
+        steps=cfg.steps,
+        ptx=ptx_batches(cfg.ptx, actor, rows=cfg.ptx_rows, seed=cfg.seed),
+    )
+
+
+def play(
+    cfg: Config, world: World, tasks: Sequence[Task], *, seed: int, siblings: int
+) -> tuple[list[Episode], dict[str, float]]:
+    """The episodes of a step with all they earned, and what each source of reward gave."""
+    episodes = asyncio.run(collect(tasks, world.play, seed=seed, siblings=siblings, error_budget=cfg.error_budget))
+    for episode in episodes:
+        if chosen := episode.of(STRATEGIST):
+            episode.data = {**episode.data, "strategy": named(world.inventory, chosen[-1].text)}
+    return episodes, world.rewards.add(episodes)
+
+
+def judge(lower: Lower, episodes: Sequence[Episode]) -> tuple[Judged, list[Turn]]:
+    """The replies of the episodes that did not fail, judged, and the replies themselves."""
+    played = [episode for episode in episodes if episode.ending != "failed"]
+    replies = [(number, turn) for number, episode in enumerate(played) for turn in episode.of(RESPONDER)]
+    owner, turns = [number for number, _ in replies], [turn for _, turn in replies]
+    final = [episode.final if episode.ending == "truncated" else None for episode in played]
+    rewards_N = torch.tensor([turn.reward for turn in turns])
+    return lower.judge(turns, rewards_N, episode_N=owner, final=final), turns
+
+
+def of_replies(episodes: Sequence[Episode]) -> list[Episode]:
+    """The episodes without the turns of whoever chose the strategies: what is logged of turns is of replies."""
+    return [replace(episode, turns=episode.of(RESPONDER)) for episode in episodes]
+
+
+def evaluate(cfg: Config, world: World, tasks: Sequence[Task]) -> dict[str, float]:
+    """What replies to held-out states earn, under "eval/"; the same ones every time, drawn as in training."""
+    chosen = task_batch(tasks, 0, min(cfg.eval_episodes, len(tasks)), seed=cfg.seed)
+    episodes, given = play(cfg, world, chosen, seed=derive_seed(cfg.seed, "eval"), siblings=1)
+    return {f"eval/{name}": number for name, number in {**rollout_metrics(of_replies(episodes)), **given}.items()}

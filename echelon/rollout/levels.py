@@ -1,0 +1,231 @@
+"""Opens the two levels of a dialogue: two models, or one base that carries an adapter for each; new or from a run.
+
+Knows folders, models and roles; knows nothing of how the levels learn, or of what they will say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from echelon.config import LoraConfig, ModelConfig, SamplingConfig
+from echelon.envs import EnvSpec
+from echelon.errors import CheckpointError, ConfigError, DataError
+from echelon.models import lora as adapters
+from echelon.models.lm import load_lm, load_tokenizer
+from echelon.models.lora import AdapterView
+from echelon.models.options import FILE, OptionScorer, Reading, read_description
+from echelon.rollout.candidates import run_settings
+from echelon.rollout.dialogue import RESPONDER, STRATEGIST, Dialogists, env_inventory, spelled
+from echelon.rollout.roles import Role
+from echelon.rollout.setup import Actor, model_path, open_actor
+from echelon.sampling.choices import Pick, RandomStrategist, Strategist, option_score
+from echelon.sampling.local import LocalSampler
+from echelon.text.chat import Renderer
+from echelon.text.dialogue import Inventory
+from echelon.train.learner import load_module, save_module
+from echelon.types import SamplingParams
+
+
+@dataclass(slots=True)
+class Kept:
+    """A level that does not learn: its weights are in every checkpoint all the same, so that both levels can play."""
+
+    module: nn.Module
+    beside: Any
+    """What is saved beside them: the tokenizer, or what has a `save_pretrained` like one."""
+
+    def save(self, folder: Path) -> None:
+        """The model's folder."""
+        save_module(self.module, folder, self.beside)
+
+    def load(self, folder: Path) -> None:
+        """Exactly the saved weights."""
+        load_module(self.module, folder)
+
+
+def level_path(path: str, *parts: str) -> str:
+    """The model meant by a folder, hub id, run or checkpoint; of a run it is the first of these parts that it has.
+
+    Raises CheckpointError for a run that has none of them.
+    """
+    refusal: CheckpointError | None = None
+    for part in parts:
+        try:
+            return model_path(path, part)
+        except CheckpointError as error:
+            refusal = refusal or error
+    assert refusal is not None, "there is a part to look for"
+    raise refusal
+
+
+def strategist_path(path: str) -> str:
+    """Where a strategist is loaded from: what a run of strategist or tosca saved, or any language model."""
+    return level_path(path, STRATEGIST, "actor")
+
+
+def responder_path(path: str) -> str:
+    """Where a responder is loaded from: what a run of responder, tosca, sft or any other policy saved."""
+    return level_path(path, RESPONDER, "actor")
+
+
+def open_levels(
+    strategist: ModelConfig | None,
+    responder: ModelConfig,
+    *,
+    shared: bool,
+    lora: LoraConfig,
+    sampling: SamplingConfig,
+    seed: int = 0,
+) -> tuple[Actor | None, Actor]:
+    """Both levels as they start; without a strategist's settings there is none.
+
+    A strategist without a path starts as what the responder starts as. With `shared` both are views of one base, the
+    responder's, each with an adapter of its own: a new one, or the one that its path names.
+    """
+    responder = replace(responder, path=responder_path(responder.path))
+    if strategist is None:
+        return None, open_actor(responder, sampling, lora=lora, name=RESPONDER)
+    path = strategist_path(strategist.path) if strategist.path else responder.path
+    strategist = replace(strategist, path=path)
+    if shared:
+        return _open_shared(strategist, responder, lora, sampling, seed)
+    return (
+        open_actor(strategist, sampling, lora=lora, name=STRATEGIST),
+        open_actor(responder, sampling, lora=lora, name=RESPONDER),
+    )
+
+
+def _open_shared(
+    strategist: ModelConfig, responder: ModelConfig, lora: LoraConfig, sampling: SamplingConfig, seed: int
+) -> tuple[Actor, Actor]:
+    below = {role: _base_of(cfg.path) for role, cfg in ((STRATEGIST, strategist), (RESPONDER, responder))}
+    if below[STRATEGIST] != below[RESPONDER]:
+        raise DataError(
+            f"shared = true: the strategist stands on '{below[STRATEGIST]}' and the responder on '{below[RESPONDER]}'. "
+            "Give both the same base, an adapter of it or the base itself, or leave shared out."
+        )
+    base = adapters.fold(load_lm(below[RESPONDER], **_loading(responder)), below[RESPONDER])
+    for role, cfg in ((STRATEGIST, strategist), (RESPONDER, responder)):
+        if adapters.is_adapter(cfg.path):
+            base = adapters.load(base, cfg.path, name=role)
+        elif lora.rank:
+            base = adapters.attach(base, lora, name=role, base=below[RESPONDER], seed=seed)
+        else:
+            raise ConfigError(
+                f"lora.rank = 0: {role}.path = {cfg.path} is no adapter, and with shared = true each level learns in "
+                "one. Give lora.rank, such as 16."
+            )
+    views = {role: AdapterView(base, role) for role in (STRATEGIST, RESPONDER)}
+    return (
+        _actor(views[STRATEGIST], strategist.path, STRATEGIST, sampling),
+        _actor(views[RESPONDER], responder.path, RESPONDER, sampling),
+    )
+
+
+def _base_of(path: str) -> str:
+    """The model that carries the adapter of a path, or the path itself."""
+    return adapters.base_path(path) if adapters.is_adapter(path) else path
+
+
+def _loading(model: ModelConfig) -> dict[str, Any]:
+    names = ("dtype", "attention", "device", "trust_remote_code", "gradient_checkpointing", "quantization")
+    return {name: getattr(model, name) for name in names}
+
+
+def _actor(view: AdapterView, path: str, name: str, sampling: SamplingConfig) -> Actor:
+    tokenizer = load_tokenizer(path)
+    renderer = Renderer(tokenizer, max_tokens=sampling.max_prompt_tokens)
+    sampler = LocalSampler(view, tokenizer, cache_tokens=sampling.cache_tokens or None)
+    params = SamplingParams(max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop)
+    return Actor(view, tokenizer, sampler, Role(name, sampler, renderer, params))
+
+
+def read_as(path: str, reading: Reading, inventory: Inventory) -> None:
+    """Check that a strategist that was saved is read as it was when it learned; other models may be read in any way.
+
+    Raises ConfigError that names the first difference.
+    """
+    if not (Path(path) / FILE).is_file():
+        return
+    learned, strategies = read_description(Path(path))
+    for name in ("score", "normalize", "scale", "shift"):
+        if getattr(learned, name) != getattr(reading, name):
+            raise ConfigError(
+                f"upper.{name} = {getattr(reading, name)}: the strategist in {path} learned with "
+                f"{getattr(learned, name)}, so its values would mean something else. Give that, or another strategist."
+            )
+    if strategies != inventory:
+        raise ConfigError(
+            f"strategies = {list(inventory.strategies)}: the strategist in {path} chooses from "
+            f"{list(strategies.strategies)}, written {', '.join(strategies.options)}. Give the same strategies and "
+            "options, or another strategist."
+        )
+
+
+def chooser(
+    role: Role,
+    scorer: OptionScorer | None,
+    inventory: Inventory,
+    *,
+    pick: Pick = "greedy",
+    temperature: float = 0.5,
+    tokens_per_pass: int = 16384,
+) -> Role:
+    """The strategist's role: its tokens come from the values of the scorer, or from chance where there is none."""
+    options = spelled(role, inventory)
+    if scorer is None:
+        sampler: Strategist = RandomStrategist(options, inventory.options)
+    else:
+        score = option_score(scorer, tokens_per_pass=tokens_per_pass)
+        sampler = Strategist(score, options, inventory.options, pick=pick, temperature=temperature)
+    return Role(STRATEGIST, sampler, role.renderer, role.params)
+
+
+def has_levels(checkpoint: Path) -> bool:
+    """Whether a folder is a checkpoint of a run whose dialogues have a responder."""
+    return (checkpoint / "manifest.json").is_file() and (checkpoint / RESPONDER).is_dir()
+
+
+def open_dialogists(
+    path: str,
+    *,
+    model: ModelConfig,
+    sampling: SamplingConfig,
+    params: SamplingParams,
+    env: EnvSpec | None = None,
+    strategist: str = "",
+    pick: Pick = "greedy",
+    temperature: float = 0.5,
+) -> Dialogists:
+    """Who plays the dialogues of a run of tosca, or of a responder beside a `strategist` of another run.
+
+    The strategist chooses as `pick` says, by default what it values most; of a run that drew strategies at random it
+    goes on doing so, and of one that had none there is none. `params` are how replies are drawn. Strategies are those
+    the strategist learned; without one, those of the settings of the run, or of `env`.
+    """
+    place = responder_path(path)
+    checkpoint = Path(place).parent
+    settings: Mapping[str, Any] = run_settings(checkpoint) if has_levels(checkpoint) else {}
+    actor = open_actor(replace(model, path=place), sampling, name=RESPONDER, params=params)
+    at = strategist_path(strategist) if strategist else str(checkpoint / STRATEGIST)
+    if strategist or (Path(at) / FILE).is_file():
+        reading, inventory = read_description(Path(at))
+        above = open_actor(replace(model, path=at), sampling, name=STRATEGIST)
+        scorer = OptionScorer(above.module, reading)
+        role: Role | None = chooser(above.role, scorer, inventory, pick=pick, temperature=temperature)
+    else:
+        inventory = _strategies(settings, env)
+        role = chooser(actor.role, None, inventory) if settings.get("choose") == "random" else None
+    return Dialogists(role, actor.role, inventory)
+
+
+def _strategies(settings: Mapping[str, Any], env: EnvSpec | None) -> Inventory:
+    named, options = settings.get("strategies") or (), settings.get("options") or ()
+    if named or env is None:
+        return env_inventory(EnvSpec("this run", object), tuple(named), tuple(options))
+    return env_inventory(env, options=tuple(options))
