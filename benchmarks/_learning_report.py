@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -115,9 +116,7 @@ def summarise(method: str, folder: Path, runs: Sequence[Mapping[str, Any]], warm
         "final": spread([test["return"] for test in ends]),
         "win": median(test["win"] for test in ends),
         "alone": spread(alone) if alone else None,
-        "sweep": [
-            {**point, "return": value} for point, value in zip(METHODS[method].sweep, chosen[1], strict=True)
-        ],
+        "sweep": [{**point, "return": value} for point, value in zip(METHODS[method].sweep, chosen[1], strict=True)],
         "chosen": chosen[0],
         "settings": first["job"]["settings"],
         "curve": [begin, *curve],
@@ -137,7 +136,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def reaching(curve: Sequence[Mapping[str, float]], wanted: float) -> float | None:
     """Episodes after which the median has reached a return, in between two tests on the line; None if it never does."""
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in pairwise(curve):
         if after["median"] >= wanted:
             rise = after["median"] - before["median"]
             part = max(0.0, (wanted - before["median"]) / rise) if rise > 0 else 1.0
@@ -155,7 +154,7 @@ def tables(whole: Mapping[str, Any]) -> str:
     lines = [
         f"chance {whole['chance']:.3g}, warm start {whole['warm']:.3g}, optimum {whole['optimum']:.3g}",
         "",
-        "| method | seeds | episodes | CPU s | final return, median [least, most] | lower level alone | setting taken |",
+        "| method | seeds | episodes | CPU s | final return [least, most] | lower level alone | setting taken |",
         "|---|---|---|---|---|---|---|",
     ]
     for one in whole["methods"].values():
@@ -207,7 +206,9 @@ def draw(path: Path, whole: Mapping[str, Any]) -> None:
         axes.axhline(whole["optimum"], color="black", linestyle=":", linewidth=1)
         axes.axhline(whole["chance"], color="black", linestyle=":", linewidth=1)
         axes.set(xlabel=label)
-    both[0].set(ylabel="return of test games", title=TASKS[whole["task"]].title, xscale="symlog")
+    both[0].set(ylabel="return of test games", title=TASKS[whole["task"]].title)
+    both[0].set_xscale("symlog", linthresh=min(one["curve"][1]["episodes"] for one in whole["methods"].values()))
+    both[0].set_xlim(left=0)
     for axes in both:
         axes.annotate("optimum", (0.01, whole["optimum"]), xycoords=("axes fraction", "data"), fontsize=7, va="top")
         axes.annotate("chance", (0.99, whole["chance"]), xycoords=("axes fraction", "data"), fontsize=7, ha="right")

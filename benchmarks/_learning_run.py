@@ -123,7 +123,9 @@ def test(job: Mapping[str, Any], out: Path) -> None:
                 continue
             path = out / "train" / "checkpoints" / f"step_{step:06d}"
             games = {**job["tests"], "model": {"path": str(path)}, "candidates": candidates}
-            played = play_games(games, out, episodes=job["games"] if job["sweep"] or step < last else job["final_games"])
+            played = play_games(
+                games, out, episodes=job["games"] if job["sweep"] or step < last else job["final_games"]
+            )
             file.write(json.dumps({"step": step, "candidates": candidates, **played}) + "\n")
             file.flush()
     write_done(out, {"steps": last})

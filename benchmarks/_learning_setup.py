@@ -15,7 +15,7 @@ from typing import Any
 from echelon.config import OptimConfig
 from echelon.data.packing import copies, pack
 from echelon.envs import EnvSpec, load_env
-from echelon.envs.players import make_player, measure, play
+from echelon.envs.players import make_player, play
 from echelon.models.lm import tiny
 from echelon.recipes.quickstart import copying_loss
 from echelon.seeds import derive_seed
@@ -39,6 +39,8 @@ class Task:
     """Episodes of methods with one; fewer, as each costs more."""
     recorded: int
     """Episodes of the warm start that off-line learning gets."""
+    prompt_tokens: int = 512
+    """Longest prompt."""
     guess: bool = True
     """Whether random players guess: half of what they say is then a guess at the answer."""
     games: int = 2500
@@ -55,15 +57,14 @@ class Task:
 
 
 TASKS = {
-    "text_lock_12": Task("Text lock, 12 doors", "text_lock", {"doors": 12}, 4, 3072, 384, 512, guess=False, gamma=0.0),
-    "text_lock_24": Task("Text lock, 24 doors", "text_lock", {"doors": 24}, 4, 2048, 256, 256, guess=False, gamma=0.0),
+    "text_lock_12": Task("Text lock, 12 doors", "text_lock", {"doors": 12}, 4, 2048, 256, 512, guess=False, gamma=0.0),
+    "text_lock_24": Task("Text lock, 24 doors", "text_lock", {"doors": 24}, 4, 1536, 192, 256, guess=False, gamma=0.0),
     "twenty_questions": Task(
-        "Twenty Questions, ten things", "twenty_questions", {"subset": True}, 12, 4096, 2048, 1024
+        "Twenty Questions, ten things", "twenty_questions", {"subset": True}, 12, 3072, 1024, 1024
     ),
-    "twenty_questions_all": Task("Twenty Questions, 157 things", "twenty_questions", {}, 12, 4096, 2048, 1024),
-    "guess_my_city": Task("Guess My City, ten cities", "guess_my_city", {"subset": True}, 12, 4096, 2048, 1024),
+    "twenty_questions_all": Task("Twenty Questions, 157 things", "twenty_questions", {}, 12, 3072, 1024, 1024),
+    "guess_my_city": Task("Guess My City, ten cities", "guess_my_city", {"subset": True}, 16, 3072, 1024, 1024, 768),
 }
-PROMPT_TOKENS = 512
 SWEEP_SEED = 100
 """The seed of sweeps, which is not reported."""
 SWEEP_PART = 0.5
@@ -115,7 +116,7 @@ METHODS = {
             "credit": "none",
             "actor_actions": "replayed",
             "actor_top": 0.1,
-            "actor_updates": 4,
+            "actor_updates": 2,
             "policy": {"loss": "awr"},
         },
         rates("policy.optim.lr", *POLICY),
@@ -157,13 +158,13 @@ METHODS = {
         "off-line IQL + AWR",
         "archer",
         {
-            "steps": 60,
-            "warmup_steps": 20,
-            "critic_updates": 24,
+            "steps": 40,
+            "warmup_steps": 10,
+            "critic_updates": 16,
             "value_actions": "replayed",
             "expectile": 0.9,
             "critic_optim": {"lr": 2e-3},
-            "actor_updates": 4,
+            "actor_updates": 2,
             "actor_actions": "replayed",
             "policy": {"loss": "awr", "awr_beta": 1},
         },
@@ -270,7 +271,14 @@ def warm_start(task: Task, out: Path) -> Settings:
 
 
 def run_settings(
-    task: Task, method: Method, point: Mapping[str, Any], start: Path, *, seed: int, size: Size = FULL, part: float = 1.0
+    task: Task,
+    method: Method,
+    point: Mapping[str, Any],
+    start: Path,
+    *,
+    seed: int,
+    size: Size = FULL,
+    part: float = 1.0,
 ) -> Settings:
     """Settings of a recipe for one run: the task's, the method's, then those of a point of its sweep.
 
@@ -278,7 +286,7 @@ def run_settings(
     """
     settings: Settings = {
         "model": {"path": str(start / "warm")},
-        "sampling": {"max_tokens": task.max_tokens, "max_prompt_tokens": PROMPT_TOKENS},
+        "sampling": {"max_tokens": task.max_tokens, "max_prompt_tokens": task.prompt_tokens},
         "threads": 1,
         "seed": seed,
         **method.settings,

@@ -6,10 +6,10 @@
 
 All methods of a task begin as the same model, which has imitated random play. Each is first tried with every point of
 its sweep, as many points for each method, on a seed that is not reported and for half of the episodes, and the point
-with the highest mean return of the last three tests is taken; then it runs once for every seed. Every run is a process of its own, on one thread. Curves are
-of test games that checkpoints played, each as its method plays in training but without exploration, so the tests of
-all methods are alike; seconds are CPU seconds of training, tests left out, which other work on the machine hardly
-changes. Steps that were lost to a kill are not counted.
+with the highest mean return of the last three tests is taken; then it runs once for every seed. Every run is a process
+of its own, on one thread. Curves are of test games that checkpoints played, each as its method plays in training but
+without exploration, so that the tests of all methods are alike; seconds are CPU seconds of training, tests left out,
+which other work on the machine hardly changes. Steps that were lost to a kill are not counted.
 
 OUT/TASK.json has everything, OUT/TASK.png the curves, OUT/TASK.md the tables; the last line is JSON: `ratio` is how
 many times fewer episodes ArCHer or rank, whichever is better, needed for the final return of the best baseline, 0 if
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -158,7 +159,7 @@ def job(args: Args, name: str, out: Path, *, kind: str, **more: Any) -> Job:
     size, task = QUICK if args.quick else FULL, TASKS[args.task]
     tests: Settings = {
         **{"env": task.env, "env_settings": dict(task.env_settings), "max_tokens": task.max_tokens},
-        **{"max_prompt_tokens": 512, "threads": 1, "seed": 1000 + more.get("settings", {}).get("seed", 0)},
+        **{"max_prompt_tokens": task.prompt_tokens, "threads": 1, "seed": 1000 + more.get("settings", {}).get("seed", 0)},
     }
     what = {"kind": kind, "task": args.task, "quick": args.quick, "out": str(out), "tests": tests, **more}
     what |= {"games": size.test_games, "final_games": size.final_games}
@@ -251,4 +252,5 @@ def stop(message: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `stopping` ends the runs
     main(tyro.cli(Args))

@@ -339,6 +339,12 @@ def load(config: type[Config], files: Sequence[str | Path] = (), flags: Sequence
     return _build(config, given)
 
 
+def overridden(config: Config, words: Sequence[str]) -> Config:
+    """The same settings but for those given as `block.name=value`, checked like flags. Raises ConfigError."""
+    flags = [f"--{word}" for word in words]
+    return _build(type(config), dict(_from_flags(_settings(type(config)), flags)), config)
+
+
 def to_yaml(config: DataclassInstance) -> str:
     """Every setting as YAML, in declaration order; `load` reads it back to an equal object."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

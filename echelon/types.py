@@ -166,6 +166,8 @@ class SamplingParams:
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of tokens with at least this mass."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that the prompt or the completion already has become less likely."""
     stop_ids: tuple[int, ...] = ()
     """Sampling one of these ends the completion; it is part of the action."""
     stop: tuple[str, ...] = ()

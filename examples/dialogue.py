@@ -3,8 +3,8 @@
 python examples/dialogue.py --out runs/dialogue
 echelon sft --model.path runs/dialogue/tiny --data.path runs/dialogue/replies.jsonl --out runs/dialogue/responder
 
-The replies follow a strategy only partly, and name what the user talks of only partly: a responder that imitates them has
-a good deal left to learn.
+The replies follow a strategy only partly, and name what the user talks of only partly: a responder that imitates
+them has a good deal left to learn.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     learn_to_copy(module, tokenizer, steps=args.copying_steps, seed=args.seed)
     save_module(module, out / "tiny", tokenizer)
-    print(f"{out}: a model of {count_parameters(module):,} parameters, {len(replies):,} replies, {len(told):,} decisions")
+    print(
+        f"{out}: a model of {count_parameters(module):,} parameters, {len(replies):,} replies, {len(told):,} decisions"
+    )
 
 
 def arguments() -> argparse.ArgumentParser:

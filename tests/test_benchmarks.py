@@ -10,11 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import yaml
+
+from echelon import config
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = {path.name: path for path in sorted(FOLDER.glob("[!_]*.py")) if path.name != "curves.py"}
+OTHERS = ("curves.py", "learning.py")
+"""Scripts that time nobody beside peers."""
+SCRIPTS = {path.name: path for path in sorted(FOLDER.glob("[!_]*.py")) if path.name not in OTHERS}
 EXTRA = {"vllm", "vllm-turns", "trl"}
 """Peers that the core installation does not bring."""
 
@@ -45,6 +51,42 @@ def harness() -> ModuleType:
     sys.modules["_harness"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def learning(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`benchmarks/learning.py`; its parts lie beside it, in no package."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("learning")
+
+
+def learn(*words: str) -> subprocess.CompletedProcess[str]:
+    """`learning.py` on next to nothing, as a person would run it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+    command = [sys.executable, str(FOLDER / "learning.py"), "--task", "text_lock_12", "--quick", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+def finished_run(
+    out: Path, returns: list[float], *, steps: int = 10, per_step: int = 5, alone: float | None = None
+) -> None:
+    """A run as the worker leaves it: a test every `steps` steps, a CPU second a step, two seconds on the wall."""
+    (out / "train").mkdir(parents=True)
+    candidates = 1 if alone is None else 4
+    job = {"per_step": per_step, "candidates": candidates, "recorded": 0, "settings": {}}
+    (out / "job.json").write_text(json.dumps(job))
+    total = steps * len(returns)
+    metrics = [json.dumps({"step": step, "seconds": 2.0 * (step + 1)}) + "\n" for step in range(total)]
+    (out / "train" / "metrics.jsonl").write_text("".join(metrics))
+    clock = [json.dumps({"step": step, "cpu": float(step)}) + "\n" for step in range(2, total + 1, 2)]
+    (out / "clock.jsonl").write_text("".join(clock))
+    played = [(number, candidates, value) for number, value in enumerate(returns, start=1)]
+    played += [] if alone is None else [(len(returns), 1, alone)]
+    tests: list[dict[str, Any]] = [
+        {"step": steps * number, "candidates": count, "return": value, "win": 0.0} for number, count, value in played
+    ]
+    (out / "tests.jsonl").write_text("".join(json.dumps(test) + "\n" for test in tests))
+    (out / "done.json").write_text("{}")
 
 
 def test_ratios_are_of_medians_and_rows_without_a_target_do_not_count(
@@ -104,3 +146,115 @@ def test_an_unknown_peer_or_size_is_refused_in_one_line() -> None:
     refused = run(SCRIPTS["rollout_group.py"], "--peers", "generat")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "--peers generat: there is no such peer here. There are: generate, vllm.\n"
+
+
+def test_learning_curves_are_run_once_and_reported_again(tmp_path: Path) -> None:
+    out = tmp_path / "curves"
+    words = ["--methods", "grpo", "--seeds", "1", "--out", str(out)]
+    done = learn(*words)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert (line["task"], line["best_baseline"], [row["method"] for row in line["rows"]]) == (
+        "text_lock_12",
+        "grpo",
+        ["grpo"],
+    )
+    assert {path.name for path in out.iterdir()} == {f"text_lock_12{end}" for end in ("", ".json", ".md", ".png")}
+    told = json.loads((out / "text_lock_12.json").read_text())["methods"]["grpo"]
+    assert [point["episodes"] for point in told["curve"]] == [0, 4, 8]  # two steps of four
+    assert 0 < told["curve"][1]["cpu"] <= told["cpu"] <= told["wall"] * 1.5 + 1
+    assert [point["policy.optim.lr"] for point in told["sweep"]] == [3e-4, 1e-3, 3e-3]
+    assert all(point["return"] is not None for point in told["sweep"])
+
+    again = learn(*words)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr.endswith("there are runs already. Continue them with --resume, or choose another --out.\n")
+
+    seed = out / "text_lock_12" / "runs" / "grpo" / "seed_0"
+    (seed / "done.json").unlink()
+    tests = (seed / "tests.jsonl").read_text()
+    (seed / "tests.jsonl").write_text(tests.splitlines(keepends=True)[0])
+    ran = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
+    resumed = learn(*words, "--resume")
+    assert json.loads(resumed.stdout.splitlines()[-1]) == line
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")} == ran  # nothing was trained again
+    assert (seed / "tests.jsonl").read_text() == tests  # what was missing was tested, with the same games
+
+    drawn = learn(*words, "--report")
+    assert json.loads(drawn.stdout.splitlines()[-1]) == line
+
+
+def test_what_learning_cannot_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    refused = learn("--methods", "grop", "--out", str(tmp_path))
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("--methods grop: there is no such method here. There are: filtered_bc, grpo,")
+    refused = learn("--report", "--out", str(tmp_path))
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        f"{tmp_path}/text_lock_12: nothing has run there. Leave out --report.\n",
+    )
+
+
+def test_every_method_is_tried_equally_often_with_settings_that_its_recipe_has(
+    learning: ModuleType, tmp_path: Path
+) -> None:
+    from _learning_setup import METHODS, TASKS, per_step, run_settings
+
+    assert len({len(method.sweep) for method in METHODS.values()}) == 1
+    for name, task in TASKS.items():
+        assert task.spec.tasks("test"), name
+        for method in METHODS.values():
+            recipe = importlib.import_module(f"echelon.recipes.{method.recipe}")
+            for point in method.sweep:
+                settings = run_settings(task, method, point, tmp_path, seed=1)
+                (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+                cfg = config.load(recipe.Config, [tmp_path / "run.yaml"], ["--out", str(tmp_path / "run")])
+                assert cfg.keep_last > cfg.steps / cfg.save_every  # every checkpoint that is tested stays
+                wanted = task.flat_episodes if method.flat else task.level_episodes
+                assert method.offline or cfg.steps * per_step(settings) in range(wanted // 2, wanted + 1)
+
+
+def test_learning_reports_medians_and_the_episodes_until_what_the_best_baseline_ends_with(
+    learning: ModuleType, tmp_path: Path
+) -> None:
+    task = tmp_path / "text_lock_12"
+    (task / "start").mkdir(parents=True)
+    (task / "start" / "done.json").write_text(json.dumps({"warm": 0.0, "chance": 0.1, "optimum": 1.0}))
+    for number, returns in enumerate(([0.1, 0.3], [0.2, 0.6], [0.5, 0.1])):  # means 0.2, 0.4, 0.3
+        finished_run(task / "sweep" / "grpo" / f"point_{number}", returns)
+    for seed, last in enumerate((0.3, 0.6, 0.3)):
+        finished_run(task / "runs" / "grpo" / f"seed_{seed}", [0.0] * 7 + [last], steps=10, per_step=5)
+        finished_run(task / "runs" / "archer" / f"seed_{seed}", [0.0, 0.6, 0.6, 0.6], steps=2, per_step=5, alone=0.2)
+    finished_run(task / "runs" / "archer" / "seed_3", [1.0, 1.0, 1.0, 1.0])
+    (task / "runs" / "archer" / "seed_3" / "done.json").unlink()  # not finished: not counted
+
+    line = learning.report("text_lock_12", ("grpo", "archer"), task, tmp_path)
+    told = json.loads((tmp_path / "text_lock_12.json").read_text())["methods"]
+    assert (told["grpo"]["chosen"], told["grpo"]["sweep"][1]["return"]) == (1, 0.4)
+    assert told["grpo"]["final"] == {"median": 0.3, "low": 0.3, "high": 0.6}
+    assert (told["grpo"]["episodes"], told["grpo"]["cpu"], told["grpo"]["wall"]) == (400, 80.0, 160.0)
+    assert told["archer"]["seeds"] == 3
+    assert told["archer"]["alone"]["median"] == 0.2
+    # Means with the two tests before: 0, 0.3, 0.4, 0.6 after 10, 20, 30, 40 episodes; 0.3 is reached at 20, 400 / 20.
+    assert [point["median"] for point in told["archer"]["curve"]] == pytest.approx([0, 0, 0.3, 0.4, 0.6])
+    assert (told["archer"]["reaches"]["grpo"], told["archer"]["ratio"]["grpo"]) == (20, 20)
+    assert told["grpo"]["reaches"]["grpo"] is None  # its own smoothed curve ends lower
+    assert (line["ratio"], line["best_baseline"]) == (20, "grpo")
+    assert "| ArCHer | 3 | 40 |" in (tmp_path / "text_lock_12.md").read_text()
+
+
+def test_the_clock_of_a_resumed_run_counts_what_was_spent_and_not_what_was_lost(
+    learning: ModuleType, tmp_path: Path
+) -> None:
+    from _learning_run import clock, read_rows
+
+    path, run = tmp_path / "clock.jsonl", tmp_path / "train"
+    run.mkdir()
+    path.write_text("".join(json.dumps({"step": step, "cpu": 100.0 * step}) + "\n" for step in (1, 2, 3)))
+    (run / "metrics.jsonl").write_text("{}\n{}\n")
+    with clock(path, run, start=2):  # the newest checkpoint was that of step 2
+        (run / "metrics.jsonl").write_text("{}\n{}\n{}\n{}\n")
+    found = read_rows(path)
+    assert [row["cpu"] for row in found[:2]] == [100, 200]
+    assert found[-1]["step"] == 4
+    assert 200 <= found[-1]["cpu"] < 205

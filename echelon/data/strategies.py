@@ -20,8 +20,8 @@ from echelon.data.datasets import Kind, Split, load_kind
 from echelon.data.dialogues import is_conversation, raw_daily_dialog, read_conversation
 from echelon.data.options import spell
 from echelon.data.sources import Source, open_tables
-from echelon.data.transitions import State, Transition, TransitionConfig, read_transition
-from echelon.errors import ConfigError, DataError
+from echelon.data.transitions import PREFIX, State, Transition, TransitionConfig, read_transition
+from echelon.errors import ConfigError, DataError, RolloutError
 from echelon.ops.options import other_option
 from echelon.seeds import derive_seed
 from echelon.text.chat import Renderer
@@ -75,6 +75,11 @@ def load_transitions(
                     found += read_conversation(cells, inventory, where)
                 else:
                     found.append(read_transition(cells, inventory, columns, where))
+        if columns.next_state_prefix != PREFIX and not any(row.after for row in found):
+            raise DataError(
+                f"columns.next_state_prefix = {columns.next_state_prefix}: no row of {source.path} has a next state "
+                "with it. Look at its columns."
+            )
         if not found:
             raise DataError(
                 f"{source.path_setting} = {source.path}: there is no decision in it. Give rows, or conversations."
@@ -123,8 +128,8 @@ def file_rewards(rows: Sequence[Transition]) -> list[Transition]:
     for row in rows:
         if row.reward is None:
             raise DataError(
-                f"{row.where}: there is no reward. Add one, name its column with reward_key, or take rewards from "
-                "imitation or from a judge."
+                f"{row.where}: there is no reward. Add one, name its column with columns.reward_key, or take "
+                "rewards from imitation or from a judge."
             )
     return list(rows)
 
@@ -185,8 +190,8 @@ async def _grade(ask: Ask, prompt: list[Message]) -> Judgement | str:
     """What the judge says, or why there is nothing."""
     try:
         return await understood(ask, prompt, parse_judgement, who="the judge")
-    except Unanswered as error:
-        return str(error)
+    except (Unanswered, RolloutError, TimeoutError) as error:
+        return str(error) or type(error).__name__
 
 
 def asked(state: State, inventory: Inventory) -> list[Message]:
@@ -209,24 +214,12 @@ def transitions_to_choices(
     dropped from a prompt of more than `budget` tokens. Raises DataError for one that is too long without any, and for
     rows without a reward.
     """
-    spelled = option_ids(renderer, inventory)
-    known: dict[tuple[State, tuple[int, ...]], Options] = {}
-
-    def options(state: State, legal: tuple[int, ...], where: str) -> Options:
-        if (state, legal) not in known:
-            try:
-                ids = _fitted(state, renderer, inventory, budget)
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from error
-            places = legal or range(len(inventory))
-            known[state, legal] = Options(ids, [ids if place in places else [] for place, ids in enumerate(spelled)])
-        return known[state, legal]
-
+    written = _Written(renderer, inventory, budget)
     chains: list[list[Choice]] = []
     for row in file_rewards(rows):
         assert row.reward is not None
-        after = None if row.after is None else options(row.after, row.legal_after, row.where)
-        choice = Choice(options(row.state, row.legal, row.where), row.strategy, row.reward, after)
+        after = None if row.after is None else written.options(row.after, row.legal_after, row.where)
+        choice = Choice(written.options(row.state, row.legal, row.where), row.strategy, row.reward, after)
         if chains and chains[-1][-1].after == choice.options:
             chains[-1].append(choice)
         else:
@@ -234,21 +227,40 @@ def transitions_to_choices(
     return chains
 
 
-def _fitted(state: State, renderer: Renderer, inventory: Inventory, budget: int | None) -> list[int]:
-    """The prompt as tokens, up to the cue."""
+class _Written:
+    """States as tokens, each written once."""
 
-    def render(state: DialogueState) -> list[Message]:
-        return strategist_prompt(state, inventory)
+    def __init__(self, renderer: Renderer, inventory: Inventory, budget: int | None) -> None:
+        self._renderer, self._inventory, self._budget = renderer, inventory, budget
+        self._spelled = option_ids(renderer, inventory)
+        self._known: dict[tuple[State, tuple[int, ...]], Options] = {}
 
-    def ids(messages: Sequence[Message]) -> list[int]:
-        return [token for part in renderer.segments(messages) for token in part]
+    def options(self, state: State, legal: tuple[int, ...], where: str) -> Options:
+        """A state up to the cue, and its options: empty where they are not legal."""
+        if (state, legal) not in self._known:
+            try:
+                ids = self._prompt(state)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
+            places = legal or range(len(self._inventory))
+            candidates = [option if place in places else [] for place, option in enumerate(self._spelled)]
+            self._known[state, legal] = Options(ids, candidates)
+        return self._known[state, legal]
 
-    if isinstance(state, DialogueState):
-        return ids(render(fit(state, render, lambda messages: len(ids(messages)), budget)))
-    prompt = ids(asked(state, inventory))
-    if budget is not None and len(prompt) > budget:
-        raise DataError(
-            f"the ready prompt takes {len(prompt)} tokens, more than the budget of {budget}, and what of it may be "
-            "dropped is not known. Raise max_prompt_tokens, or give the conversation."
-        )
-    return prompt
+    def _prompt(self, state: State) -> list[int]:
+        if isinstance(state, DialogueState):
+            state = fit(state, self._render, lambda messages: len(self._ids(messages)), self._budget)
+            return self._ids(self._render(state))
+        prompt = self._ids(self._render(state))
+        if self._budget is not None and len(prompt) > self._budget:
+            raise DataError(
+                f"the ready prompt takes {len(prompt)} tokens, more than the budget of {self._budget}, and what of it "
+                "may be dropped is not known. Raise max_prompt_tokens, or give the conversation."
+            )
+        return prompt
+
+    def _render(self, state: State) -> list[Message]:
+        return asked(state, self._inventory)
+
+    def _ids(self, messages: Sequence[Message]) -> list[int]:
+        return [token for part in self._renderer.segments(messages) for token in part]

@@ -17,6 +17,8 @@ from echelon.errors import DataError, ParseError, did_you_mean
 from echelon.text.dialogue import ASSISTANT, USER, DialogueState, Inventory
 
 Cells = Mapping[str, Any]
+PREFIX = "next_"
+"""What the columns of the next state usually begin with."""
 State = DialogueState | str
 """A conversation, or the whole prompt of the upper level, ready as somebody wrote it."""
 
@@ -67,7 +69,7 @@ class TransitionConfig:
     """Column of a ready prompt, to be read in place of emotion, description, history and query."""
     next_input_key: str = ""
     """Column of the ready prompt of the next decision."""
-    next_state_prefix: str = "next_"
+    next_state_prefix: str = PREFIX
     """What the columns of the next state begin with."""
     index_base: Literal[0, 1] | None = None
     """Where strategies that are given as numbers begin; without it such a column is refused."""
@@ -112,7 +114,7 @@ def read_transition(cells: Cells, inventory: Inventory, columns: TransitionConfi
     if state is None:
         raise DataError(
             f"{where}: the columns {', '.join(cells)} hold no state: a query ({', '.join(ALIASES['query'])}), an "
-            "object 'state', or a ready prompt in 'current_prompt'. Name the column of a prompt with current_input_key."
+            "object 'state', or a ready prompt in 'current_prompt'. Name its column with columns.current_input_key."
         )
     after = _next_state(cells, state, columns, where)
     strategy = _strategy(cells, inventory, columns, where)
@@ -160,7 +162,7 @@ def strategy_index(said: Any, inventory: Inventory, index_base: int | None, wher
     if index_base is None:
         raise DataError(
             f"{where}: the strategy is the number {number}, and nothing says whether the first one is 0 or 1. Set "
-            "index_base to 0 or to 1."
+            "columns.index_base to 0 or to 1."
         )
     if not 0 <= number - index_base < len(inventory):
         raise DataError(
@@ -172,12 +174,12 @@ def strategy_index(said: Any, inventory: Inventory, index_base: int | None, wher
 
 def _state(cells: Cells, prefix: str, columns: TransitionConfig, where: str) -> State | None:
     """The state whose columns begin with the prefix; None where there is none."""
-    ready = columns.next_input_key if prefix else columns.current_input_key
+    setting = "next_input_key" if prefix else "current_input_key"
+    ready = getattr(columns, setting)
+    if ready and ready not in cells:
+        raise DataError(_no_column(f"columns.{setting}", ready, cells, where))
     if ready or columns.current_input_key:
-        ready = ready or f"{prefix}{columns.current_input_key}"
-        if not prefix and ready not in cells:
-            raise DataError(_no_column("current_input_key", ready, cells, where))
-        return _text(cells.get(ready), where) or None
+        return _text(cells.get(ready or f"{prefix}{columns.current_input_key}"), where) or None
     nested = decoded(cells.get(f"{prefix}state"))
     if nested is not None:
         if not isinstance(nested, Mapping):
@@ -255,7 +257,7 @@ def _strategy(cells: Cells, inventory: Inventory, columns: TransitionConfig, whe
     if value is None:
         raise DataError(
             f"{where}: the columns {', '.join(cells)} hold no strategy ({', '.join(ALIASES['strategy'])}). Fill it in, "
-            "or name its column with strategy_key."
+            "or name its column with columns.strategy_key."
         )
     return strategy_index(value, inventory, columns.index_base, where)
 
@@ -281,7 +283,7 @@ def _reward(cells: Cells, columns: TransitionConfig, where: str) -> float | None
     if not low <= reward <= high:
         raise DataError(
             f"{where}: the reward is {value!r:.40}, and rewards are numbers from {low:g} to {high:g}. Correct it, or "
-            "set reward_range."
+            "set columns.reward_range."
         )
     return reward
 
@@ -307,11 +309,11 @@ def _named(cells: Cells, key: str, what: str, where: str) -> Any:
     """The cell of the column that a setting names, or else of the one that has a usual name."""
     if key:
         if key not in cells:
-            raise DataError(_no_column(f"{what}_key", key, cells, where))
+            raise DataError(_no_column(f"columns.{what}_key", key, cells, where))
         return None if cells[key] == "" else cells[key]
     there = {name: cells[name] for name in ALIASES[what] if not _blank(cells.get(name))}
     if len({json.dumps(value, default=str) for value in there.values()}) > 1:
-        raise DataError(f"{where}: {' and '.join(there)} differ. Set {what}_key to the column that is meant.")
+        raise DataError(f"{where}: {' and '.join(there)} differ. Set columns.{what}_key to the column that is meant.")
     return next(iter(there.values()), None)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import random
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -75,6 +77,49 @@ def exchanges(messages: Sequence[Message]) -> list[tuple[str, str]]:
             pairs.append((said, message["content"]))
             said = None
     return pairs
+
+
+def at_random(seed: int, draw: Callable[[random.Random], str]) -> Player:
+    """A player that never listens: what it says is drawn anew at every turn, from the seed and the turn's number."""
+
+    def say(messages: Sequence[Message]) -> str:
+        turn = sum(message["role"] == "assistant" for message in messages)
+        return draw(random.Random(f"{seed}/{turn}"))
+
+    return say
+
+
+class Search(ABC):
+    """Looks for one of `count` equally likely answers: says what gets the highest expected return from what is left.
+
+    Sets of answers are the bits of an integer, bit i for the i-th; a game says what an exchange leaves of them, and
+    searches one set, asking `move` about those that may follow.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.everything = (1 << count) - 1
+        self._moves: dict[int, tuple[float, str]] = {}
+
+    @abstractmethod
+    def fits(self, said: str, answered: str) -> int:
+        """The answers that an exchange allows; all of them (or −1) where it says nothing."""
+
+    @abstractmethod
+    def search(self, left: int) -> tuple[float, str]:
+        """Expected return, and the utterance that gets it, when these answers remain."""
+
+    def say(self, messages: Sequence[Message]) -> str:
+        """The next utterance, given the dialogue so far."""
+        left = self.everything
+        for said, answered in exchanges(messages):
+            left &= self.fits(said, answered)
+        return self.move(left or self.everything)[1]
+
+    def move(self, left: int) -> tuple[float, str]:
+        """`search`, each set once."""
+        if left not in self._moves:
+            self._moves[left] = self.search(left)
+        return self._moves[left]
 
 
 async def settle(value: Awaitable[T] | T) -> T:

@@ -1,8 +1,8 @@
 """Dialogue: support a user whose need is hidden, by strategies that help only in the order that the need sets.
 
-The environment hears the words of a reply and nothing of the strategy behind it. Its user and its judge follow rules, or
-are language models. Knows the conversation and two scripted players; how the user reacts is in `dialogue_user`, what
-words do in `dialogue_words`, and what a language model is asked in `dialogue_models`.
+The environment hears the words of a reply and nothing of the strategy behind it. Its user and its judge follow rules,
+or are language models. Knows the conversation and two scripted players; how the user reacts is in `dialogue_user`,
+what words do in `dialogue_words`, and what a language model is asked in `dialogue_models`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from echelon.envs.dialogue_words import (
     say,
     wordings,
 )
-from echelon.errors import ConfigError, did_you_mean
+from echelon.errors import ConfigError
 from echelon.text.dialogue import ASSISTANT, INVENTORIES, USER, DialogueState, Inventory, responder_prompt
 from echelon.text.endpoint import Ask, shared_endpoint
 from echelon.types import Message, Step, Task
@@ -77,7 +77,9 @@ class Settings:
         if who == "rules":
             return None
         if not self.endpoint:
-            raise ConfigError(f"dialogue: {name} = endpoint, but no endpoint is given. Set endpoint.url and endpoint.model.")
+            raise ConfigError(
+                f"dialogue: {name} = endpoint, but no endpoint is given. Set endpoint.url and endpoint.model."
+            )
         return shared_endpoint(self.endpoint)
 
 
@@ -108,10 +110,19 @@ class Dialogue:
         self._counts = Counts()
 
     @classmethod
-    def tasks(cls, split: str, **settings: Any) -> list[Task]:
+    def tasks(
+        cls,
+        split: str,
+        *,
+        strategies: str = "esconv",
+        patience: int = 3,
+        user: str | Ask = "rules",
+        judge: str | Ask = "rules",
+        endpoint: Mapping[str, Any] | None = None,
+    ) -> list[Task]:
         """A user of every need in every situation; a fifth of the situations is the test split."""
         need_split("dialogue", split)
-        Settings(**settings)
+        Settings(strategies, patience, user, judge, endpoint)
         situations = list(product(TOPICS, FEELINGS, INTENSITIES))
         random.Random("situations").shuffle(situations)
         held_out = len(situations) // HELD_OUT
@@ -151,7 +162,7 @@ class Dialogue:
         return responder_prompt(self.state)
 
     def step(self, action: str) -> Step | Awaitable[Step]:
-        """Say a reply to the user, who answers. Plain where rules decide; a coroutine where a language model is asked."""
+        """Say a reply to the user, who answers. A coroutine where a language model is asked."""
         reply = " ".join(action.split())
         if self._user is None and self._judge is None:
             return self._advance(reply, self._hear(reply))
@@ -269,7 +280,7 @@ Beliefs = tuple[tuple[str, Mood], ...]
 
 
 class Plan:
-    """The best play of one who knows the rules of the user, and of its need what was said: exact, by dynamic programming.
+    """The best play of one who knows the user's rules, and of its need what was said: exact, by dynamic programming.
 
     What may be done at a turn is to carry out any strategy, in sensitive words or others, fluently.
     """
@@ -313,6 +324,5 @@ def best(strategies: tuple[str, ...], patience: int = 3, gamma: float = 1.0) -> 
 def bound(*, strategies: str = "esconv", patience: int = 3, gamma: float = 1.0) -> float:
     """The expected return that no player beats who does not know the need."""
     plan = best(Settings(strategies, patience).inventory().strategies, patience, gamma)
-    return sum(
-        plan.move(tuple((need, Mood(intensity)) for need in PLANS))[0] for intensity in INTENSITIES
-    ) / len(INTENSITIES)
+    values = [plan.move(tuple((need, Mood(intensity)) for need in PLANS))[0] for intensity in INTENSITIES]
+    return sum(values) / len(values)

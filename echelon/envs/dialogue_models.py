@@ -19,8 +19,8 @@ from echelon.types import Message
 
 NEEDS: Mapping[str, str] = {
     "exploration": "You want to be asked about it twice, then comforted, and only then helped with advice.",
-    "validation": "You want to be asked about it once, then hear that your feeling is seen, then that it is all right to "
-    "feel so, and only then be helped with advice.",
+    "validation": "You want to be asked about it once, then hear that your feeling is seen, then that it is all right, "
+    "and only then be helped with advice.",
     "advice": "You want to be asked about it once, and then you want practical advice, twice. You want no comfort.",
 }
 """What a language model is told of a need, which nobody else hears."""
@@ -88,7 +88,7 @@ def user_prompt(persona: Persona, state: DialogueState, reply: str) -> list[Mess
     """What a language model reads that plays the user: who it is, what was said, and the form to answer in."""
     said = [*state.history, (USER, state.query), (ASSISTANT, reply)]
     lines = [
-        f"Play the user in this conversation. You have trouble with your {persona.topic}, and you feel {state.emotion}.",
+        f"Play the user in this conversation. You have trouble with your {persona.topic} and feel {state.emotion}.",
         NEEDS[persona.need],
         "Advice before its turn makes you leave; what you do not need costs your patience. Never say what you need.",
         *(f"{speaker}: {' '.join(text.split())}" for speaker, text in said),

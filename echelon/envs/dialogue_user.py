@@ -188,4 +188,3 @@ def _draw(persona: Persona, wordings: tuple[str, ...], turn: int, mood: Mood) ->
     draw = random.Random(f"{persona.topic}/{persona.feeling}/{persona.intensity}/{turn}")
     said = draw.choice(wordings)
     return said.format(topic=persona.topic, feeling=persona.feeling, emotion=mood.emotion(persona.feeling))
-

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from echelon.errors import ConfigError, did_you_mean
 from echelon.text.dialogue import DialogueState
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, in small letters."""
+    return re.findall(r"[a-z']+", text.lower())
+
 
 QUESTION, RESTATEMENT = "Question", "Restatement or Paraphrasing"
 REFLECTION, DISCLOSURE, AFFIRMATION = "Reflection of Feelings", "Self-disclosure", "Affirmation and Reassurance"
@@ -55,7 +62,7 @@ CUES = {
 }
 """Strategy → phrases that carry it out. A question is a question mark without any of these."""
 
-ASKS = frozenset("what who when where why how which can could do does did is are was tell".split())
+ASKS = frozenset(words("what who when where why how which can could do does did is are was tell"))
 
 MOST_WORDS = 16
 """A reply longer than this is not taken in."""
@@ -94,11 +101,6 @@ BLAND = {
 """The same without naming anything: carried out, and insensitive."""
 
 
-def words(text: str) -> list[str]:
-    """The words of a text, in small letters."""
-    return re.findall(r"[a-z']+", text.lower())
-
-
 def act_of(reply: str) -> str:
     """The strategy a reply carries out. One that serves two stages at once is muddled, and does nothing: `Others`."""
     said = words(reply)
@@ -115,7 +117,7 @@ def names(text: str, meant: Iterable[str]) -> bool:
     return not set(words(text)).isdisjoint(meant)
 
 
-def found_in(text: str, families: dict[str, tuple[str, ...]]) -> str | None:
+def found_in(text: str, families: Mapping[str, tuple[str, ...]]) -> str | None:
     """The first family of words (a topic, a feeling) that a text names."""
     return next((name for name, meant in families.items() if names(text, meant)), None)
 
@@ -123,7 +125,7 @@ def found_in(text: str, families: dict[str, tuple[str, ...]]) -> str | None:
 def fluent(reply: str, earlier: Sequence[str] = ()) -> bool:
     """Whether a reply is a sentence: two to sixteen words, none twice in a row, ended by a mark, not said before."""
     said = words(reply)
-    stutters = any(left == right for left, right in zip(said, said[1:], strict=False))
+    stutters = any(left == right for left, right in pairwise(said))
     ended = reply.rstrip().endswith((".", "?", "!"))
     return 2 <= len(said) <= MOST_WORDS and not stutters and ended and said not in [words(text) for text in earlier]
 
@@ -142,12 +144,11 @@ def say(
     act = strategy if rng.random() < follows else OTHERS
     topic = found_in(f"{state.description} {state.query}", TOPICS)
     feeling = found_in(state.emotion, FEELINGS)
-    if rng.random() >= sensitive or (topic if act in (*EXPLORE, *ACT) else feeling) is None:
-        topic, feeling = (rng.choice([name for name in there if name != own]) for there, own in
-                          ((TOPICS, topic), (FEELINGS, feeling)))
-        wordings = BLAND[act] if rng.random() < 0.5 else SENSITIVE[act]
-    else:
-        wordings = SENSITIVE[act]
+    wordings = SENSITIVE[act]
+    if rng.random() >= sensitive or (feeling if act in COMFORT else topic) is None:
+        topic = rng.choice([name for name in TOPICS if name != topic])
+        feeling = rng.choice([name for name in FEELINGS if name != feeling])
+        wordings = rng.choice([wordings, BLAND[act]])
     replies = [wording.format(topic=topic, feeling=feeling) for wording in wordings]
     earlier = {text for _, text in state.history}
     return rng.choice([reply for reply in replies if reply not in earlier] or replies)

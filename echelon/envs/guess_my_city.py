@@ -8,7 +8,6 @@ wordings are understood, and two scripted players. The facts are in `cities.csv`
 from __future__ import annotations
 
 import csv
-import random
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
 
-from echelon.envs._shared import Player, exchanges, need_at_least, need_kind, need_split, user
+from echelon.envs._shared import Player, Search, at_random, need_at_least, need_kind, need_split, user
 from echelon.errors import DataError, did_you_mean
 from echelon.types import Message, Step, Task
 
@@ -113,13 +112,7 @@ class GuessMyCity:
         if kind == "optimal":
             return lambda messages: plan(subset).say(messages)
         questions, guesses = [fact.question for fact in facts()], [city.guess for city in cities(subset)]
-
-        def say(messages: Sequence[Message]) -> str:
-            turn = sum(message["role"] == "assistant" for message in messages)
-            draw = random.Random(f"{seed}/{turn}")
-            return draw.choice(guesses if draw.random() < guess else questions)
-
-        return say
+        return at_random(seed, lambda draw: draw.choice(guesses if draw.random() < guess else questions))
 
 
 @cache
@@ -254,33 +247,21 @@ def _split(cell: str) -> tuple[str, ...]:
     return tuple(part for part in cell.split("|") if part)
 
 
-class Plan:
-    """Says what leaves the least to find: the highest expected return there is, found by searching all continuations.
-
-    Sets of cities are the bits of an integer, bit i for the i-th city.
-    """
+class Plan(Search):
+    """Says what leaves the least to find: the highest expected return, found by searching all continuations."""
 
     def __init__(self, cities: Sequence[City]) -> None:
+        super().__init__(len(cities))
         self._cities = cities
-        self._everything = (1 << len(cities)) - 1
         self._parts = {fact.question: self._answers(fact) for fact in facts()}
-        self._moves: dict[int, tuple[float, str]] = {}
 
-    def say(self, messages: Sequence[Message]) -> str:
-        """The next utterance, given the dialogue so far."""
-        left = self._everything
-        for said, answered in exchanges(messages):
-            meaning = understand(said)
-            left &= sum(1 << i for i, city in enumerate(self._cities) if answer(meaning, city) == answered)
-        return self.move(left or self._everything)[1]
+    def fits(self, said: str, answered: str) -> int:
+        """The cities about which this would be answered."""
+        meaning = understand(said)
+        return sum(1 << i for i, city in enumerate(self._cities) if answer(meaning, city) == answered)
 
-    def move(self, left: int) -> tuple[float, str]:
-        """Expected return from here on, and the utterance that gets it, when the cities in `left` remain."""
-        if left not in self._moves:
-            self._moves[left] = self._search(left)
-        return self._moves[left]
-
-    def _search(self, left: int) -> tuple[float, str]:
+    def search(self, left: int) -> tuple[float, str]:
+        """Tries the questions from the most promising one on, then the guesses."""
         count = left.bit_count()
         members = [i for i in range(len(self._cities)) if left >> i & 1]
         best = (float("-inf"), self._cities[members[0]].guess)

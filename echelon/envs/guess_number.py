@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Sequence
 
-from echelon.envs._shared import Player, exchanges, need_at_least, need_kind, need_split, user
+from echelon.envs._shared import Player, at_random, exchanges, need_at_least, need_kind, need_split, user
 from echelon.errors import ConfigError
 from echelon.types import Message, Step, Task
 
@@ -61,10 +60,6 @@ class GuessNumber:
         """A scripted player of one episode: `random` says any number and never listens, `optimal` bisects."""
         need_kind("guess_number", kind)
 
-        def guess_any(messages: Sequence[Message]) -> str:
-            turn = sum(message["role"] == "assistant" for message in messages)
-            return str(random.Random(f"{seed}/{turn}").randint(low, high))
-
         def bisect(messages: Sequence[Message]) -> str:
             least, most = low, high
             for said, answered in exchanges(messages):
@@ -75,7 +70,7 @@ class GuessNumber:
                     most = min(most, guess - 1)
             return str((least + most) // 2)
 
-        return bisect if kind == "optimal" else guess_any
+        return bisect if kind == "optimal" else at_random(seed, lambda draw: str(draw.randint(low, high)))
 
     def _answer(self, guess: int | None) -> str:
         if guess is None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
-from echelon.envs._shared import Player, exchanges, need_at_least, need_kind, need_split, user
+from echelon.envs._shared import Player, at_random, exchanges, need_at_least, need_kind, need_split, user
 from echelon.errors import DataError
 from echelon.types import Message, Step, Task
 
@@ -115,14 +115,10 @@ class Maze:
         """
         need_kind("maze", kind)
 
-        def wander(messages: Sequence[Message]) -> str:
-            turn = sum(message["role"] == "assistant" for message in messages)
-            return f"move {random.Random(f'{seed}/{turn}').choice(list(MOVES))}"
-
         def walk(messages: Sequence[Message]) -> str:
             return f"move {plan(size, layout)[possible(size, layout, messages)][1]}"
 
-        return walk if kind == "optimal" else wander
+        return walk if kind == "optimal" else at_random(seed, lambda draw: f"move {draw.choice(list(MOVES))}")
 
 
 def direction_in(text: str) -> str | None:

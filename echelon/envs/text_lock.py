@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from echelon.envs._shared import Player, need_at_least, need_kind, need_split, user
+from echelon.envs._shared import Player, at_random, need_at_least, need_kind, need_split, user
 from echelon.errors import ConfigError, DataError
 from echelon.types import Message, Step, Task
 
@@ -92,14 +92,10 @@ class TextLock:
         need_kind("text_lock", kind)
         opens = fitting(keys, lock)
 
-        def say_any(messages: Sequence[Message]) -> str:
-            turn = sum(message["role"] == "assistant" for message in messages)
-            return random.Random(f"{seed}/{turn}").choice(KEYS[:keys])
-
         def say_fitting(messages: Sequence[Message]) -> str:
             return opens[messages[-1]["content"].rpartition("Hint: ")[2]]
 
-        return say_fitting if kind == "optimal" else say_any
+        return say_fitting if kind == "optimal" else at_random(seed, lambda draw: draw.choice(KEYS[:keys]))
 
     def _summary(self) -> dict[str, float]:
         opened = self._opened / len(self._hints)

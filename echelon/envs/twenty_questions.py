@@ -7,12 +7,11 @@ understood is in `knowledge`.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from functools import cache
 
 from echelon.envs import knowledge
-from echelon.envs._shared import Player, exchanges, need_at_least, need_kind, need_split, user
+from echelon.envs._shared import Player, Search, at_random, need_at_least, need_kind, need_split, user
 from echelon.types import Message, Step, Task
 
 EXACT_BELOW = 11
@@ -87,49 +86,38 @@ class TwentyQuestions:
         if kind == "optimal":
             return lambda messages: plan(subset).say(messages)
         questions, guesses = cls.questions(), cls.guesses(subset)
-
-        def say(messages: Sequence[Message]) -> str:
-            turn = sum(message["role"] == "assistant" for message in messages)
-            draw = random.Random(f"{seed}/{turn}")
-            return draw.choice(guesses if draw.random() < guess else questions)
-
-        return say
+        return at_random(seed, lambda draw: draw.choice(guesses if draw.random() < guess else questions))
 
 
-class Plan:
-    """Asks what leaves the least to find. Sets of things are the bits of an integer, bit i for the i-th thing.
+class Plan(Search):
+    """Asks what leaves the least to find.
 
     Among ten things or fewer its play has the highest expected return there is; with more it asks the question
     that splits them most evenly, and `bound` says how much that can cost.
     """
 
     def __init__(self, things: Sequence[knowledge.Thing]) -> None:
+        super().__init__(len(things))
         self._things = things
-        self._everything = (1 << len(things)) - 1
         self._questions = {prop.question: self._where(prop) for prop in knowledge.properties()}
         self._guesses = {thing.guess: self._where(thing) for thing in things}
-        self._moves: dict[int, tuple[float, str]] = {}
 
-    def say(self, messages: Sequence[Message]) -> str:
-        """The next utterance, given the dialogue so far."""
-        left = self._everything
-        for said, answered in exchanges(messages):
-            meaning = knowledge.understand(said)
-            if meaning is not None and answered in (YES, NO):
-                left &= self._where(meaning) if answered == YES else ~self._where(meaning)
-        return self.move(left or self._everything)[1]
+    def fits(self, said: str, answered: str) -> int:
+        """The things of which this is true; everything where nothing was understood."""
+        meaning = knowledge.understand(said)
+        if meaning is None or answered not in (YES, NO):
+            return self.everything
+        return self._where(meaning) if answered == YES else ~self._where(meaning)
 
-    def move(self, left: int) -> tuple[float, str]:
-        """Expected return from here on, and the utterance that gets it, when the things in `left` remain."""
-        if left not in self._moves:
-            questions, guesses = self._questions, self._guesses
-            if left.bit_count() >= EXACT_BELOW:
-                even = min(questions, key=lambda text: abs(2 * (left & questions[text]).bit_count() - left.bit_count()))
-                questions, guesses = {even: questions[even]}, {}
-            options = [(self._value(left, yes, wins=False), text) for text, yes in questions.items()]
-            options += [(self._value(left, yes, wins=True), text) for text, yes in guesses.items()]
-            self._moves[left] = max(options, key=lambda option: round(option[0], 9))
-        return self._moves[left]
+    def search(self, left: int) -> tuple[float, str]:
+        """Tries all questions and guesses, or the most even question where too many things are left for that."""
+        questions, guesses = self._questions, self._guesses
+        if left.bit_count() >= EXACT_BELOW:
+            even = min(questions, key=lambda text: abs(2 * (left & questions[text]).bit_count() - left.bit_count()))
+            questions, guesses = {even: questions[even]}, {}
+        options = [(self._value(left, yes, wins=False), text) for text, yes in questions.items()]
+        options += [(self._value(left, yes, wins=True), text) for text, yes in guesses.items()]
+        return max(options, key=lambda option: round(option[0], 9))
 
     def _value(self, left: int, yes: int, *, wins: bool) -> float:
         """Expected return of words that are true of the things in `yes` and, if `wins`, end the game for them."""

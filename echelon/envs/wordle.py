@@ -5,14 +5,13 @@ Knows the rules and two scripted players, and no model. The words are in `words.
 
 from __future__ import annotations
 
-import random
 import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
-from echelon.envs._shared import Player, exchanges, need_at_least, need_kind, need_split, user
+from echelon.envs._shared import Player, Search, at_random, need_at_least, need_kind, need_split, user
 from echelon.errors import ConfigError, DataError, did_you_mean
 from echelon.types import Message, Step, Task
 
@@ -76,12 +75,7 @@ class Wordle:
         No player does better than the optimal one; `bound` is what it earns.
         """
         need_kind("wordle", kind)
-
-        def say_any(messages: Sequence[Message]) -> str:
-            turn = sum(message["role"] == "assistant" for message in messages)
-            return random.Random(f"{seed}/{turn}").choice(word_list(words))
-
-        return plan(words).say if kind == "optimal" else say_any
+        return plan(words).say if kind == "optimal" else at_random(seed, lambda draw: draw.choice(word_list(words)))
 
 
 @cache
@@ -118,34 +112,22 @@ def told(guess: str, marked: str) -> str:
     return " ".join(letter + mark for letter, mark in zip(guess, marked, strict=True))
 
 
-class Plan:
-    """Says the word with the highest expected return there is, found by searching all continuations.
-
-    Sets of words are the bits of an integer, bit i for the i-th word.
-    """
+class Plan(Search):
+    """Says the word with the highest expected return there is, found by searching all continuations."""
 
     def __init__(self, words: Sequence[str]) -> None:
+        super().__init__(len(words))
         self._words = words
-        self._everything = (1 << len(words)) - 1
         self._parts = [self._told_apart(guess) for guess in words]
-        self._moves: dict[int, tuple[float, str]] = {}
 
-    def say(self, messages: Sequence[Message]) -> str:
-        """The next guess, given the dialogue so far."""
-        left = self._everything
-        for said, answered in exchanges(messages):
-            guess = word_in(said, self._words)
-            if guess is not None:
-                left &= sum(1 << i for i, word in enumerate(self._words) if told(guess, marks(guess, word)) == answered)
-        return self.move(left or self._everything)[1]
+    def fits(self, said: str, answered: str) -> int:
+        """The words of which this would be told about the guess."""
+        guess = word_in(said, self._words)
+        if guess is None:
+            return self.everything
+        return sum(1 << i for i, word in enumerate(self._words) if told(guess, marks(guess, word)) == answered)
 
-    def move(self, left: int) -> tuple[float, str]:
-        """Expected return from here on, and the guess that gets it, when the words in `left` remain."""
-        if left not in self._moves:
-            self._moves[left] = self._search(left)
-        return self._moves[left]
-
-    def _search(self, left: int) -> tuple[float, str]:
+    def search(self, left: int) -> tuple[float, str]:
         """Tries the guesses from the most promising one on, until none of the others can be better."""
         best = (float("-inf"), "")
         for most, i, parts in self._guesses(left):

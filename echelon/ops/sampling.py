@@ -4,6 +4,7 @@ Randomness is a function of (seed, position), not a state: what else is in the b
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int, Int64
@@ -44,6 +45,20 @@ def restrict_logits(
     if bool((top_p_N < 1).any()):
         logits_NV = _keep_best(logits_NV, _nucleus_sizes(logits_NV, top_p_N))
     return logits_NV
+
+
+def penalise_repetition(
+    logits_NV: Float[Tensor, "N V"], penalty: Float[Tensor, "N"], seen: Sequence[Sequence[int]]
+) -> Float[Tensor, "N V"]:
+    """Logits in which the tokens that a row has `seen` are less likely: divided by the penalty where above 0, multiplied
+    with it where below (CTRL, arXiv 1909.05858). A penalty of 1 changes nothing; how often a token was seen neither.
+    """
+    penalised_NV = logits_NV.clone()
+    for row_V, by, tokens in zip(penalised_NV, penalty.tolist(), seen, strict=True):
+        if by != 1:
+            ids = torch.tensor(sorted(set(tokens)), device=row_V.device)
+            row_V[ids] = torch.where(row_V[ids] > 0, row_V[ids] / by, row_V[ids] * by)
+    return penalised_NV
 
 
 def counter_uniform(seeds_N: Int64[Tensor, "N"], positions_N: Int64[Tensor, "N"]) -> Float64[Tensor, "N"]:

@@ -32,7 +32,9 @@ from echelon.data.candidates import CandidateReplay, Choice
 from echelon.data.strategies import TransitionConfig, file_rewards, load_transitions, transitions_to_choices
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError
+from echelon.models.options import Reading
 from echelon.ops import bellman
+from echelon.ops.options import going_on
 from echelon.rollout.dialogue import (
     RESPONDER,
     STRATEGIST,
@@ -45,7 +47,7 @@ from echelon.rollout.dialogue import (
     strategy_rows,
 )
 from echelon.rollout.learners import open_value, ptx_batches
-from echelon.rollout.levels import Kept, chooser, open_levels, read_as, strategist_path
+from echelon.rollout.levels import Kept, chooser, learned_reading, open_levels, strategist_path
 from echelon.rollout.rewards import open_rewards, open_tasks
 from echelon.rollout.roles import collect
 from echelon.rollout.setup import Actor, describe, set_threads, task_batch
@@ -251,6 +253,8 @@ class Levels:
     """None where that level never learns, and nothing of it is shared."""
     replay: CandidateReplay
     recorded: list[Choice]
+    fresh: bool
+    """Whether what the strategist's values mean has not been learned yet."""
 
     def modules(self) -> dict[str, nn.Module]:
         """What there is in memory, for a person."""
@@ -286,7 +290,9 @@ def open_both(cfg: Config, env: EnvSpec) -> Levels:
         seed=cfg.seed,
     )
     strategies = env_inventory(env, cfg.strategies, cfg.options)
-    upper = None if above is None else open_upper(cfg, above, strategies)
+    path = cfg.strategist.path
+    reading = learned_reading(strategist_path(path), strategies) if above is not None and path else None
+    upper = None if above is None else open_upper(cfg, above, strategies, reading)
     role = None
     if cfg.choose != "none":
         by, scorer = (below, None) if above is None or upper is None else (above, upper.online)
@@ -299,19 +305,19 @@ def open_both(cfg: Config, env: EnvSpec) -> Levels:
         lower=open_lower(cfg, below) if cfg.mode != "upper" or cfg.reward_share_weight else None,
         replay=CandidateReplay(cfg.replay_capacity),
         recorded=[] if above is None else open_recorded(cfg, above, strategies),
+        fresh=reading is None,
     )
 
 
-def open_upper(cfg: Config, actor: Actor, strategies: Inventory) -> Upper:
-    """The strategist's learner. Raises ConfigError for one that was saved to be read in another way."""
-    if cfg.strategist.path:
-        read_as(strategist_path(cfg.strategist.path), cfg.upper.reading, strategies)
+def open_upper(cfg: Config, actor: Actor, strategies: Inventory, reading: Reading | None) -> Upper:
+    """The strategist's learner; one that another run taught is read as it was there."""
     updates = cfg.upper_updates * sum(learns(cfg, step)[0] for step in range(cfg.steps))
     return Upper(
         actor.module,
         cfg.upper,
         strategies,
         spelled(actor.role, strategies),
+        reading=reading,
         tokenizer=actor.tokenizer,
         total_steps=updates,
         tokens_per_pass=cfg.tokens_per_pass,
@@ -374,7 +380,9 @@ def learn(
             columns[name] = [*columns.get(name, []), *zip(replies, values_N.tolist(), strict=True)]
     if levels.upper is not None and cfg.mode != "lower":
         own_N = weight * own_rewards(judged, weight * advantages_N) if judged and weight else None
-        remember(levels, played, replies, offers, own_N)
+        found = remember(levels, played, replies, offers, own_N)
+        if step == 0 and levels.fresh:
+            centre(cfg, levels.upper, found)
         if above:
             logged |= update_upper(cfg, step, levels)
     if below and levels.lower is not None and judged is not None:
@@ -404,13 +412,23 @@ def remember(
     replies: Sequence[Turn],
     offers: Mapping[int, Offer],
     own_N: Float[Tensor, "N"] | None,
-) -> None:
-    """Put the decisions into the replay; `own_N` adds to what each reply earned."""
+) -> list[Choice]:
+    """Put the decisions into the replay, and return them; `own_N` adds to what each reply earned."""
     added = {} if own_N is None else {id(turn): float(own) for turn, own in zip(replies, own_N, strict=True)}
-    levels.replay.add(
+    found = [
         strategy_choices(episode, offers, {turn.index: added.get(id(turn), 0.0) for turn in episode.of(RESPONDER)})
         for episode in played
-    )
+    ]
+    levels.replay.add(found)
+    return [choice for episode in found for choice in episode]
+
+
+def centre(cfg: Config, upper: Upper, found: Sequence[Choice]) -> None:
+    """Have Q start around what these decisions return if it goes on like this, not around what logits happen to be."""
+    if cfg.upper.centre and cfg.upper.score == "logit":
+        follows = sum(not choice.terminated for choice in found) / len(found)
+        mean = sum(choice.reward for choice in found) / len(found)
+        upper.start_at(going_on(mean, follows, gamma=cfg.upper.gamma), [choice.options for choice in found[:64]])
 
 
 def update_upper(cfg: Config, step: int, levels: Levels) -> dict[str, float]:
@@ -428,7 +446,7 @@ def update_upper(cfg: Config, step: int, levels: Levels) -> dict[str, float]:
 
 
 def evaluate(cfg: Config, step: int, levels: Levels, env: EnvSpec) -> dict[str, float]:
-    """What dialogues of the test split are worth with the strategies Q likes best, under "eval/"; the same each time."""
+    """What dialogues of the test split are worth with the strategies Q likes best, as "eval/…"; the same every time."""
     last = step + 1 == cfg.steps
     if not cfg.eval_every or not (last or (step + 1) % cfg.eval_every == 0):
         return {}

@@ -183,8 +183,11 @@ def advantages(decided: Sequence[Turn], offers: Mapping[int, Offer]) -> Float[Te
 def dialogue_metrics(
     episodes: Sequence[Episode], offers: Mapping[int, Offer], inventory: Inventory | None
 ) -> dict[str, float]:
-    """What a step logs about its dialogues: turns are replies, what the environment reports is `dialogue/…`, and
-    `strategy/…` is the share of each strategy, how varied they are, and how clearly Q tells them apart."""
+    """What a step logs about its dialogues: turns are replies, and what the environment reports is `dialogue/…`.
+
+    `dialogue/satisfaction` is the mean over replies; `strategy/…` is the share of each strategy, how varied they are,
+    and how clearly Q tells them apart.
+    """
     played = [episode for episode in episodes if episode.ending != "failed"]
     replies = [replace(episode, turns=episode.of(RESPONDER)) for episode in episodes]
     told = {name for episode in played for name in episode.metrics}
@@ -193,7 +196,7 @@ def dialogue_metrics(
         for name, number in rollout_metrics(replies).items()
     }
     rewards = [turn.reward for episode in played for turn in episode.of(RESPONDER)]
-    found["dialogue/reward"] = sum(rewards) / len(rewards)
+    found |= {"episode/turns": len(rewards) / len(played), "dialogue/satisfaction": sum(rewards) / len(rewards)}
     decided = [offers[turn.seed] for episode in played for turn in episode.of(STRATEGIST)]
     return found | (strategy_metrics(decided, inventory) if decided and inventory else {})
 

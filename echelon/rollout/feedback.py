@@ -19,7 +19,7 @@ from echelon.envs._shared import settle
 from echelon.errors import DataError
 from echelon.rollout.roles import Role
 from echelon.seeds import derive_seed
-from echelon.text.feedback import Count, Prompt, fill, slots
+from echelon.text.feedback import Prompt, fill, slots
 from echelon.types import Env, Episode, Message, Play, Task, Turn
 
 SOLVER, COACH = "solver", "coach"
@@ -124,9 +124,6 @@ def feedback_tree(
     """
     assert (coach is None) == (context in ("none", "fixed")), "a coach speaks, or there is none"
 
-    def counter(role: Role) -> tuple[Count, int | None]:
-        return lambda messages: sum(map(len, role.renderer.segments(messages))), role.renderer.max_tokens
-
     async def ask(role: Role, episode: Episode, prompts: Sequence[tuple[Prompt, Turn | None]], n: int) -> list[Turn]:
         """`n` answers to each prompt, in order, as children of the turns it comes from."""
         asked = [(prompt, parent) for prompt, parent in prompts for _ in range(n)]
@@ -137,34 +134,32 @@ def feedback_tree(
             turn.info["cut"] = float(prompt.cut)
         return list(turns)
 
-    def shown(role: Role, name: str, problem: Sequence[Message], **parts: str) -> Prompt:
-        count, budget = counter(role)
-        return fill(getattr(templates, name), problem, parts, count=count, budget=budget)
-
     async def play(task: Task, episode: Episode) -> None:
         problem = list(await settle(make(task).start()))
         if context == "example":
             assert coach is not None
-            told = await ask(coach, episode, [(shown(coach, "example", problem), None)], shape.feedback)
-            with_example = [(shown(solver, "solve_with_example", problem, example=e.text), e) for e in told]
+            told = await ask(coach, episode, [(shown(coach, templates.example, problem), None)], shape.feedback)
+            with_example = [(shown(solver, templates.solve_with_example, problem, example=e.text), e) for e in told]
             await judge(make, task, await ask(solver, episode, with_example, shape.refine))
             episode.ending = "terminated"
             return
-        attempts = await ask(solver, episode, [(shown(solver, "solve", problem), None)], shape.solve)
+        attempts = await ask(solver, episode, [(shown(solver, templates.solve, problem), None)], shape.solve)
         await judge(make, task, attempts)
         for _ in range(shape.rounds):
             again = [
-                (shown(solver, "retry", problem, attempt=a.text), a)
+                (shown(solver, templates.retry, problem, attempt=a.text), a)
                 if context == "none"
-                else (shown(solver, "refine", problem, attempt=a.text, feedback=fixed), a)
+                else (shown(solver, templates.refine, problem, attempt=a.text, feedback=fixed), a)
                 for a in attempts
             ]
             if coach is not None:
                 about = problem if context == "coach" else await stranger(task, episode)
-                remarks = [(shown(coach, "feedback", about, attempt=a.text), a) for a in attempts]
+                remarks = [(shown(coach, templates.feedback, about, attempt=a.text), a) for a in attempts]
                 told = await ask(coach, episode, remarks, shape.feedback)
                 pairs = [(a, g) for g in told for a in [episode.turns[g.parent or 0]]]
-                again = [(shown(solver, "refine", problem, attempt=a.text, feedback=g.text), g) for a, g in pairs]
+                again = [
+                    (shown(solver, templates.refine, problem, attempt=a.text, feedback=g.text), g) for a, g in pairs
+                ]
             attempts = await ask(solver, episode, again, shape.refine)
             await judge(make, task, attempts)
         episode.ending = "terminated"
@@ -178,6 +173,23 @@ def feedback_tree(
         return list(await settle(make(other).start()))
 
     return play
+
+
+def shown(role: Role, template: str, problem: Sequence[Message], **parts: str) -> Prompt:
+    """A template filled for a role, within its budget."""
+
+    def count(messages: Sequence[Message]) -> int:
+        return sum(map(len, role.renderer.segments(messages)))
+
+    return fill(template, problem, parts, count=count, budget=role.renderer.max_tokens)
+
+
+async def problem_alone(
+    make: Callable[[Task], Env], tasks: Sequence[Task], solver: Role, templates: TemplateConfig
+) -> list[list[int]]:
+    """The tokens of a first attempt's prompt, for each task."""
+    problems = [list(await settle(make(task).start())) for task in tasks]
+    return [solver.renderer.render(shown(solver, templates.solve, problem).messages) for problem in problems]
 
 
 async def judge(make: Callable[[Task], Env], task: Task, attempts: Sequence[Turn]) -> None:

@@ -78,6 +78,10 @@ class Tree:
     score_N: Float[Tensor, "N"]
     """What an attempt was judged to be worth; 0 for feedback."""
 
+    def of(self, mine_N: Bool[Tensor, "N"]) -> list[Turn]:
+        """Some of the turns, in order."""
+        return [self.turns[place] for place in mine_N.nonzero()[:, 0].tolist()]
+
     @property
     def first_N(self) -> Bool[Tensor, "N"]:
         """Attempts that answer the problem alone."""
@@ -135,9 +139,9 @@ def credits(
 ) -> Float[Tensor, "N"]:
     """What each turn is worth, before anything is subtracted that its state already knows.
 
-    `kl_N` is the summed log-ratio of each turn to its role's start, `gain_N` the log-probability per token that
-    feedback gave each later attempt, `response_N` the mean score of a best response to each turn of feedback. Each is
-    needed where its weight is not 0: a missing one is a DataError, never zero.
+    `kl_N` is the summed log-ratio of each turn to its role's start (NaN where nobody knows that), `gain_N` the
+    log-probability per token that feedback gave each later attempt, `response_N` the mean score of a best response to
+    each turn of feedback. Each is needed where its weight is not 0: a missing one is a DataError, never zero.
     """
     own_N = torch.where(tree.first_N, cfg.first * tree.score_N, 0.0)
     later_N = tree.score_N + cfg.progress * torch.where(tree.before_N >= 0, tree.gained_N, 0.0)
@@ -166,11 +170,15 @@ def followed_by(cfg: CreditConfig, tree: Tree, own_N: Float[Tensor, "N"]) -> Flo
 
 
 def kl_cost(cfg: CreditConfig, tree: Tree, kl_N: Float[Tensor, "N"] | None) -> Float[Tensor, "N"]:
-    """What each turn pays for its distance from where its role began."""
+    """What each turn pays for its distance from where its role began. Raises DataError where that is not known."""
     weight_N = torch.where(tree.first_N, cfg.kl_first, torch.where(tree.later_N, cfg.kl_refine, cfg.kl_feedback))
     if not bool(weight_N.any()):
         return torch.zeros_like(weight_N)
-    return weight_N * needed(kl_N, "kl_first, kl_refine or kl_feedback", "the log-probs of the start")
+    known_N = needed(kl_N, "kl_first, kl_refine or kl_feedback", "the log-probs of the start")
+    paying_N = torch.where(weight_N > 0, known_N, 0.0)
+    if paying_N.isnan().any():
+        needed(None, "kl_first, kl_refine or kl_feedback", "the log-probs of the start of one role")
+    return weight_N * paying_N
 
 
 def state_keys(tree: Tree, compare: Literal["state", "question"]) -> list[Hashable]:

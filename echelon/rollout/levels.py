@@ -23,6 +23,7 @@ from echelon.rollout.candidates import run_settings
 from echelon.rollout.dialogue import RESPONDER, STRATEGIST, Dialogists, env_inventory, spelled
 from echelon.rollout.roles import Role
 from echelon.rollout.setup import Actor, model_path, open_actor
+from echelon.rollout.told import open_strategist
 from echelon.sampling.choices import Pick, RandomStrategist, Strategist, option_score
 from echelon.sampling.local import LocalSampler
 from echelon.text.chat import Renderer
@@ -103,28 +104,38 @@ def open_levels(
 def _open_shared(
     strategist: ModelConfig, responder: ModelConfig, lora: LoraConfig, sampling: SamplingConfig, seed: int
 ) -> tuple[Actor, Actor]:
-    below = {role: _base_of(cfg.path) for role, cfg in ((STRATEGIST, strategist), (RESPONDER, responder))}
-    if below[STRATEGIST] != below[RESPONDER]:
+    models, same = {STRATEGIST: strategist, RESPONDER: responder}, {STRATEGIST: sampling, RESPONDER: sampling}
+    views = open_views(models, same, lora=lora, seed=seed)
+    return views[STRATEGIST], views[RESPONDER]
+
+
+def open_views(
+    models: Mapping[str, ModelConfig], sampling: Mapping[str, SamplingConfig], *, lora: LoraConfig, seed: int
+) -> dict[str, Actor]:
+    """Roles that share one base, each with an adapter of its own: a new one, or the one that its path names.
+
+    The base is held as the settings of the last role say. Raises DataError for models on different bases, ConfigError
+    where there is neither an adapter nor a rank for a new one.
+    """
+    below = {role: _base_of(model.path) for role, model in models.items()}
+    (one, first), (other, second) = [*below.items()][0], [*below.items()][-1]
+    if first != second:
         raise DataError(
-            f"shared = true: the strategist stands on '{below[STRATEGIST]}' and the responder on '{below[RESPONDER]}'. "
-            "Give both the same base, an adapter of it or the base itself, or leave shared out."
+            f"the {one} stands on '{first}' and the {other} on '{second}', and they shall share one model. Give both "
+            "the same base, an adapter of it or the base itself, or let each have its own."
         )
-    base = adapters.fold(load_lm(below[RESPONDER], **_loading(responder)), below[RESPONDER])
-    for role, cfg in ((STRATEGIST, strategist), (RESPONDER, responder)):
-        if adapters.is_adapter(cfg.path):
-            base = adapters.load(base, cfg.path, name=role)
+    base = adapters.fold(load_lm(first, **_loading(models[other])), first)
+    for role, model in models.items():
+        if adapters.is_adapter(model.path):
+            base = adapters.load(base, model.path, name=role)
         elif lora.rank:
-            base = adapters.attach(base, lora, name=role, base=below[RESPONDER], seed=seed)
+            base = adapters.attach(base, lora, name=role, base=first, seed=seed)
         else:
             raise ConfigError(
-                f"lora.rank = 0: {role}.path = {cfg.path} is no adapter, and with shared = true each level learns in "
-                "one. Give lora.rank, such as 16."
+                f"lora.rank = 0: {role}.path = {model.path} is no adapter, and where levels share a model each learns "
+                "in one. Give lora.rank, such as 16."
             )
-    views = {role: AdapterView(base, role) for role in (STRATEGIST, RESPONDER)}
-    return (
-        _actor(views[STRATEGIST], strategist.path, STRATEGIST, sampling),
-        _actor(views[RESPONDER], responder.path, RESPONDER, sampling),
-    )
+    return {role: _actor(AdapterView(base, role), model.path, role, sampling[role]) for role, model in models.items()}
 
 
 def _base_of(path: str) -> str:
@@ -145,26 +156,21 @@ def _actor(view: AdapterView, path: str, name: str, sampling: SamplingConfig) ->
     return Actor(view, tokenizer, sampler, Role(name, sampler, renderer, params))
 
 
-def read_as(path: str, reading: Reading, inventory: Inventory) -> None:
-    """Check that a strategist that was saved is read as it was when it learned; other models may be read in any way.
+def learned_reading(path: str, inventory: Inventory) -> Reading | None:
+    """How values are read from a strategist that was saved there; None of other models, which may be read in any way.
 
-    Raises ConfigError that names the first difference.
+    Raises ConfigError for one that chooses from other strategies.
     """
     if not (Path(path) / FILE).is_file():
-        return
-    learned, strategies = read_description(Path(path))
-    for name in ("score", "normalize", "scale", "shift"):
-        if getattr(learned, name) != getattr(reading, name):
-            raise ConfigError(
-                f"upper.{name} = {getattr(reading, name)}: the strategist in {path} learned with "
-                f"{getattr(learned, name)}, so its values would mean something else. Give that, or another strategist."
-            )
-    if strategies != inventory:
+        return None
+    reading, learned = read_description(Path(path))
+    if learned != inventory:
         raise ConfigError(
             f"strategies = {list(inventory.strategies)}: the strategist in {path} chooses from "
-            f"{list(strategies.strategies)}, written {', '.join(strategies.options)}. Give the same strategies and "
-            "options, or another strategist."
+            f"{list(learned.strategies)}, written {', '.join(learned.options)}. Give the same strategies and options, "
+            "or another strategist."
         )
+    return reading
 
 
 def chooser(
@@ -214,14 +220,13 @@ def open_dialogists(
     actor = open_actor(replace(model, path=place), sampling, name=RESPONDER, params=params)
     at = strategist_path(strategist) if strategist else str(checkpoint / STRATEGIST)
     if strategist or (Path(at) / FILE).is_file():
-        reading, inventory = read_description(Path(at))
-        above = open_actor(replace(model, path=at), sampling, name=STRATEGIST)
-        scorer = OptionScorer(above.module, reading)
-        role: Role | None = chooser(above.role, scorer, inventory, pick=pick, temperature=temperature)
-    else:
-        inventory = _strategies(settings, env)
-        role = chooser(actor.role, None, inventory) if settings.get("choose") == "random" else None
-    return Dialogists(role, actor.role, inventory)
+        role, inventory = open_strategist(at, model, sampling)
+        assert isinstance(role.sampler, Strategist)
+        role.sampler.pick, role.sampler.temperature = pick, temperature
+        return Dialogists(role, actor.role, inventory)
+    inventory = _strategies(settings, env)
+    by_chance = settings.get("choose") == "random"
+    return Dialogists(chooser(actor.role, None, inventory) if by_chance else None, actor.role, inventory)
 
 
 def _strategies(settings: Mapping[str, Any], env: EnvSpec | None) -> Inventory:

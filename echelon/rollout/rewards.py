@@ -253,12 +253,12 @@ class CodeJudge:
             has = ", ".join(dict.fromkeys(name for answer in answers for name in answer.columns)) or "none"
             raise DataError(f"reward code: it needs the column 'tests', and the columns are: {has}.")
         papers = [(program_in(answer.completion), _exam(answer)) for answer in answers]
-        different = list({paper for paper in papers if paper[1] is not None})
+        different = list(dict.fromkeys((program, exam) for program, exam in papers if exam is not None))
         grades = dict(zip(different, await asyncio.to_thread(self._grade, different), strict=True))
         found = [None if exam is None else grades[program, exam] for program, exam in papers]
-        ended = Counter(grade.reason for grade in found if grade)
+        ended = Counter(grade.reason for grade in found if grade is not None)
         self.counts = {reason: float(ended[reason]) for reason in get_args(Reason)}
-        return [grade and grade.rate for grade in found]
+        return [None if grade is None else grade.rate for grade in found]
 
     def _grade(self, papers: Sequence[tuple[str, Exam]]) -> list[Grade]:
         examiners = SimpleQueue[Examiner]()
@@ -286,7 +286,8 @@ def _exam(answer: Answer) -> Exam | None:
         return None
     if not isinstance(tests, str | list | tuple) or not isinstance(entry_point, str):
         raise DataError(
-            f"reward code: the tests of task '{answer.task}' are {_short(tests)}. They must be a text or a list of texts."
+            f"reward code: the tests of task '{answer.task}' are {_short(tests)}, and the entry point "
+            f"{_short(entry_point)}. Give a text or a list of texts, and the name of a function."
         )
     try:
         return read_exam(tests, entry_point)

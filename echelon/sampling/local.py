@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from echelon.models import lora
 from echelon.models.lm import evaluating
-from echelon.ops.sampling import counter_uniform, draw, restrict_logits
+from echelon.ops.sampling import counter_uniform, draw, penalise_repetition, restrict_logits
 from echelon.sampling.cache import BLOCK, Cache, Resident, default_budget
 from echelon.sampling.plain import OneByOne, Unshared
 from echelon.sampling.ragged import Piece, Ragged, reads_like_the_model
@@ -210,6 +210,9 @@ class LocalSampler:
     def _draw(self, requests: Sequence[_Request], logits: Tensor) -> tuple[list[int], list[float]]:
         params = [request.params for request in requests]
         device = logits.device
+        if any(param.repetition_penalty != 1 for param in params):
+            penalty = torch.tensor([param.repetition_penalty for param in params])
+            logits = penalise_repetition(logits, penalty, [request.prompt + request.tokens for request in requests])
         if any(param.temperature != 1 or param.top_k > 0 or param.top_p < 1 for param in params):
             logits = restrict_logits(
                 logits,

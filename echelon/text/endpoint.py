@@ -49,8 +49,8 @@ class Unanswered(RuntimeError):
 class Endpoint:
     """A model behind a chat endpoint: call it with a conversation, await the text of the answer.
 
-    It may be shared by any number of episodes and event loops. Requests that fail for a while (no connection, time-outs,
-    status 408, 425, 429 and 5xx, bodies that are not what they should be) are sent again, later and later;
+    It may be shared by any number of episodes and event loops. Requests that fail for a while (no connection,
+    time-outs, status 408, 425, 429 and 5xx, bodies that are not what they should be) are sent again, later and later;
     `Unanswered` in the end. A request that will never work (a wrong key, an unknown model) is a ConfigError.
     """
 
@@ -82,7 +82,9 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError("endpoint.url must begin an API over HTTP, such as http://localhost:8000/v1.")
         if parts.username or parts.password or parts.query:
-            raise ConfigError("endpoint.url holds more than an address. Put the key into the variable that key_env names.")
+            raise ConfigError(
+                "endpoint.url holds more than an address. Put the key into the variable that key_env names."
+            )
         if not self.model:
             raise ConfigError("endpoint.model is empty. Give the model's name at the endpoint.")
         for name, least in (("timeout", 0.001), ("retries", 0), ("backoff", 0.0), ("parallel", 1), ("max_tokens", 1)):
@@ -248,7 +250,9 @@ def shared_endpoint(settings: Mapping[str, Any]) -> Endpoint:
     known = [each.name for each in fields(Endpoint) if each.init]
     for name in settings:
         if name not in known:
-            raise ConfigError(f"endpoint has no setting '{name}'.{did_you_mean(name, known)} It has {', '.join(known)}.")
+            raise ConfigError(
+                f"endpoint has no setting '{name}'.{did_you_mean(name, known)} It has {', '.join(known)}."
+            )
     for name in ("url", "model"):
         if name not in settings:
             raise ConfigError(f"endpoint.{name} is missing. It needs a url and a model.")
@@ -271,8 +275,8 @@ async def understood(
 ) -> T:
     """What an answer means. One that cannot be read is called so, and asked for again.
 
-    `parse` raises ParseError for garbage, of which `on_garbage` is told each time. Raises Unanswered, naming `who`, when
-    no try gives an answer that can be read: what is missing is never made up.
+    `parse` raises ParseError for garbage, of which `on_garbage` is told each time. Raises Unanswered, naming `who`,
+    when no try gives an answer that can be read: what is missing is never made up.
     """
     conversation = list(messages)
     for attempt in range(tries):
@@ -287,7 +291,9 @@ async def understood(
             if isinstance(ask, Endpoint):
                 ask.forget(conversation)
             if attempt + 1 == tries:
-                raise Unanswered(f"{who} gave no answer that can be read in {tries} tries. The last: {error}") from error
+                raise Unanswered(
+                    f"{who} gave no answer that can be read in {tries} tries. The last: {error}"
+                ) from error
             conversation = [
                 *messages,
                 Message(role="assistant", content=said),

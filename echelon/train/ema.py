@@ -33,14 +33,14 @@ class Average:
 
     def save(self, folder: Path) -> None:
         """The averaged weights as a model, and what continuing needs beyond its precision."""
-        with self._in_place():
+        with self.in_place():
             save_module(self.learner.module, folder, self.learner.tokenizer, adapter=self.learner.adapter)
         if any(parameter.dtype != torch.float32 for parameter in self.learner.trained):
             save_file({str(index): mean for index, mean in enumerate(self.tensors)}, folder / "average.safetensors")
 
     def load(self, folder: Path) -> None:
         """Exactly the saved average."""
-        with self._in_place():
+        with self.in_place():
             load_module(self.learner.module, folder, adapter=self.learner.adapter)
             self.tensors = [parameter.detach().float().clone() for parameter in self.learner.trained]
         if (folder / "average.safetensors").is_file():
@@ -48,7 +48,7 @@ class Average:
             self.tensors = [exact[str(index)] for index in range(len(self.tensors))]
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
+    def in_place(self) -> Iterator[None]:
         """The module with the average in place of its weights, for as long as it takes."""
         kept = [parameter.detach().clone() for parameter in self.learner.trained]
         _put(self.learner.trained, self.tensors)

@@ -164,13 +164,13 @@ def test_a_conversation_ends_where_the_row_says_so(ending: Cells, expected: tupl
         ({"query": "Hi", "strategy": "Qestion"}, r"'Qestion' is none of the strategies.*Did you mean 'Question'\?"),
         (
             {"query": "Hi", "strategy": 1},
-            "the number 1, and nothing says whether the first one is 0 or 1. Set index_base",
+            "the number 1, and nothing says whether the first one is 0 or 1. Set columns.index_base",
         ),
         ({"query": "Hi", "strategy": "1"}, "the number 1, and nothing says whether the first one is 0 or 1"),
         ({"query": "Hi", "strategy": 1.5}, "the strategy is 1.5"),
         ({"query": "Hi", "strategy": True}, "the strategy is True"),
-        ({"query": "Hi", "strategy": "A", "action": "B"}, "strategy and action differ. Set strategy_key"),
-        ({"query": "Hi", "strategy": "A", "reward": 1, "score": 2}, "reward and score differ. Set reward_key"),
+        ({"query": "Hi", "strategy": "A", "action": "B"}, "strategy and action differ. Set columns.strategy_key"),
+        ({"query": "Hi", "strategy": "A", "reward": 1, "score": 2}, "reward and score differ. Set columns.reward_key"),
         ({"query": "Hi", "strategy": "A", "reward": 5.5}, "the reward is 5.5, and rewards are numbers from 0 to 5"),
         (
             {"query": "Hi", "strategy": "A", "reward": -1},
@@ -210,10 +210,14 @@ def test_a_row_that_is_broken_or_could_mean_two_things_is_named(cells: Cells, co
 @pytest.mark.parametrize(
     ("columns", "complaint"),
     [
-        ({"strategy_key": "strat"}, r"strategy_key = strat: the row has query, strategy. Did you mean 'strategy'\?"),
-        ({"reward_key": "r"}, "reward_key = r: the row has query, strategy"),
-        ({"done_key": "d"}, "done_key = d: the row has"),
-        ({"current_input_key": "prompt"}, "current_input_key = prompt: the row has"),
+        (
+            {"strategy_key": "strat"},
+            r"columns.strategy_key = strat: the row has query, strategy. Did you mean 'strategy'\?",
+        ),
+        ({"reward_key": "r"}, "columns.reward_key = r: the row has query, strategy"),
+        ({"done_key": "d"}, "columns.done_key = d: the row has"),
+        ({"current_input_key": "prompt"}, "columns.current_input_key = prompt: the row has"),
+        ({"next_input_key": "prompt"}, "columns.next_input_key = prompt: the row has"),
     ],
 )
 def test_a_setting_that_names_no_column_is_named(columns: Cells, complaint: str) -> None:
@@ -485,6 +489,12 @@ def test_rows_are_read_from_tables(tmp_path: Path) -> None:
     (row,) = load(path).train
     assert row.state == DialogueState("Hi", ((USER, "a"), (ASSISTANT, "b")))
     assert (row.strategy, row.reward, row.terminated) == (1, 4.0, True)
+
+
+def test_a_prefix_that_no_column_has_is_not_taken_for_the_end_of_every_conversation(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"query": "Hi", "strategy": "A", "next_query": "Yes"})
+    with pytest.raises(DataError, match=r"columns\.next_state_prefix = nxt_: no row of .*rows\.jsonl has a next state"):
+        load(path, columns={"next_state_prefix": "nxt_"})
 
 
 def test_streams_and_empty_files_are_refused(tmp_path: Path) -> None:

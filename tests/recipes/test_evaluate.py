@@ -137,7 +137,10 @@ def test_labels_that_a_run_does_not_have_are_one_line(
     run = run_of_three.out
     for words, message in (
         ((run, "--label", 7), f"label = 7: {run}/checkpoints has no checkpoint of that step. There are: 0, 1, 2."),
-        ((run, "--label", "best"), f"label = best: {run} kept no best model; sft, reward and dpo do, with rows held out"),
+        (
+            (run, "--label", "best"),
+            f"label = best: {run} kept no best model; sft, reward and dpo do, with",
+        ),
         ((run, "--label", "newest"), "--label newest: expected a whole number or one of auto, latest, best."),
         ((untrained, "--label", 3, "--out", "x"), f"label = 3: '{untrained}' is no run directory, so there is no"),
         ((run, untrained), f"unexpected '{untrained}' after '{run}': one model at a time."),
@@ -154,9 +157,7 @@ def test_labels_that_a_run_does_not_have_are_one_line(
     assert not (run / "evaluation").exists()
 
 
-def test_the_best_model_of_a_run_that_keeps_one_is_what_auto_means(
-    train, untrained: Path, conversations: Path
-) -> None:
+def test_the_best_model_of_a_run_that_keeps_one_is_what_auto_means(train, untrained: Path, conversations: Path) -> None:
     data = ("--data.path", conversations, "--data.eval-fraction", 0.2, "--rows-per-step", 16, "--max-steps", 2)
     run = train("sft", "--model.path", untrained, *data, name="tuned")
     for words in ((), ("--label", "latest")):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.recipes.conftest import Run
+from tests.recipes.strategies import reader, write_decisions
 from tests.test_docs import CODE, columns, prose
 
 PAGE = Path(__file__).parents[2] / "docs" / "logging.md"
@@ -52,6 +53,13 @@ def test_stages_that_learn_from_rows(train: Callable[..., Run], untrained: Path,
     data = ("--data.path", folder / "pairs.jsonl", "--data.eval-fraction", 0.5, "--rows-per-step", 2)
     run = train(recipe, "--model.path", untrained, *data)
     assert unknown(recipe, run) == set()
+
+
+def test_strategies_learned_from_rows(train: Callable[..., Run], tmp_path: Path) -> None:
+    data = ("--data.path", write_decisions(tmp_path / "d.jsonl", 20), "--data.eval-fraction", 0.5)
+    few = ("--strategies", "daily_dialog", "--rows-per-step", 4, "--max-steps", 2)
+    run = train("strategist", "--model.path", reader(tmp_path / "model", layers=1, hidden=16), *data, *few)
+    assert unknown("strategist", run) == set()
 
 
 PLAYED = {

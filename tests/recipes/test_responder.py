@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from echelon import cli
 from echelon.config import ModelConfig, SamplingConfig
 from echelon.models.lm import tiny
 from echelon.rollout.setup import open_actor
 from echelon.text.dialogue import DialogueState, Inventory, responder_prompt
 from echelon.train.checkpoint import find_checkpoint
-from tests.recipes.conftest import Train, taught
+from tests.recipes.conftest import Train
 
 INVENTORY = Inventory(("Sun", "Rain", "Wind"))
 WORDS = ("bright", "wet", "cold")
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rewards.py").write_text(REWARDS)
     drawn = random.Random(0)
     asked = [
-        (responder_prompt(state, INVENTORY.label(place)), drawn.choice([*WORDS, *[WORDS[place]] * 2]))
+        (responder_prompt(state, INVENTORY.label(place)), drawn.choice([*WORDS, *[WORDS[place]] * 3]))
         for state in states
         for place in [*range(3)] * 4
     ]
@@ -57,7 +58,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module, tokenizer = tiny(words, vocab_size=400, hidden=32, layers=2, heads=2)
     for part in (module, tokenizer):
         part.save_pretrained(folder / "model")
-    taught(folder / "model", folder / "talk.jsonl", folder / "sft", epochs=10)
+    words = f"sft --model.path {folder}/model --data.path {folder}/talk.jsonl --out {folder}/sft --threads 1"
+    assert cli.main(f"{words} --epochs 40 --rows-per-step 24 --optim.lr 5e-3".split()) == 0
     return folder
 
 

@@ -16,6 +16,7 @@ from echelon.envs.players import corpus
 from echelon.models.lm import tiny
 from echelon.train.checkpoint import find_checkpoint
 from tests.recipes.conftest import recorded
+from tests.recipes.strategies import SAYS, lines, write_decisions, write_esconv
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*/*.yaml"))
@@ -33,6 +34,7 @@ FEWER = {
     "rank": [*PLAYS, "--episodes-per-step", "2", "--warmup-steps", "0"],
     "reward": STAGE,
     "sft": STAGE,
+    "strategist": STAGE,
 }
 """What is cut, by recipe."""
 ALSO = {
@@ -40,6 +42,10 @@ ALSO = {
     "grpo/dapo.yaml": ["--replacements", "0"],
     "ppo/math.yaml": ["--sampling.max-tokens", "8"],
     "ppo/rlhf.yaml": ["--sampling.max-tokens", "8"],
+    **{
+        f"strategist/{name}.yaml": ["--model.path", "models/base", "--model.dtype", "float32"]
+        for name in ("esconv", "daily_dialog", "imitation")
+    },
     "rank/recurve.yaml": ["--sampling.max-tokens", "8", "--model.path", "models/base"],
 }
 """What is cut in one of them: a random model has no groups that differ, and talks to the end; and no hub is asked."""
@@ -66,6 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         shutil.copytree(folder / "runs/tiny", folder / place)
     shutil.copytree(ROOT / "examples", folder / "examples")
     write_data(folder / "data", questions)
+    write_strategies(folder / "data")
     recorded(env, ("random",), 12, folder / "data/twenty_questions.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -97,6 +104,16 @@ def write_data(data: Path, questions: list[str]) -> None:
         (data / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_strategies(data: Path) -> None:
+    """Conversations and decisions in the places the files name."""
+    write_esconv(data / "ESConv.json", 20)
+    write_decisions(data / "daily_dialog_decisions.jsonl", 20)
+    decisions = [
+        {"query": f"{said} {number}", "strategy": "Question", "reward": 3} for number, said in enumerate(SAYS * 5)
+    ]
+    lines(data / "esconv_decisions.jsonl", decisions)
+
+
 def run(recipe: str, file: Path, out: str) -> None:
     name = f"{recipe}/{file.name}"
     flags = [*FEWER[recipe], *ALSO.get(name, [])]
@@ -113,4 +130,4 @@ def test_a_settings_file_runs_as_it_stands(file: Path, folder: Path, tmp_path: P
         assert (out / "summary.json").is_file()
     else:
         assert (out / "metrics.jsonl").read_text().count("\n") >= 1
-        assert find_checkpoint(out, "reward" if recipe == "reward" else "actor")
+        assert find_checkpoint(out, recipe if recipe in ("reward", "strategist") else "actor")

@@ -18,9 +18,10 @@ from echelon.errors import ConfigError, DataError
 from echelon.models.lm import tiny
 from echelon.models.reward import open_reward_module
 from echelon.rollout.plays import env_loop
-from echelon.rollout.rewards import FunctionJudge, Reward, Rewards, open_judge, open_rewards, open_tasks
+from echelon.rollout.rewards import CodeJudge, FunctionJudge, Reward, Rewards, open_judge, open_rewards, open_tasks
 from echelon.rollout.roles import Role, collect
 from echelon.sampling.scripted import ScriptedSampler
+from echelon.sandbox import walls
 from echelon.text.chat import Renderer
 from echelon.types import Episode, Message, SamplingParams, Step, Task, Turn
 
@@ -319,3 +320,59 @@ def test_the_conversation_of_a_turn_is_what_its_role_heard_and_said_before_it() 
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "after yes"},
     ]
+
+
+needs_walls = pytest.mark.skipif(bool(walls()), reason="this system lacks a wall of the sandbox")
+ADD = "Of course:\n```python\ndef add(a, b):\n    return a + b\n```\nThat is it."
+TESTS = ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]
+
+
+def wrote(text: str, **columns: Any) -> Episode:
+    episode = said(text)
+    episode.data = {"tests": TESTS, **columns}
+    return episode
+
+
+@needs_walls
+def test_programs_earn_the_share_of_their_tests_that_they_pass_and_bad_endings_are_counted() -> None:
+    rewards = open_rewards(TaskConfig(out="x", env="x", reward=("code",), reward_weights=(2.0,)))
+    episodes = [
+        wrote(ADD),
+        wrote("def add(a, b): return 4"),
+        wrote("while True: pass"),
+        wrote("def add(a, b): return bytearray(1 << 40)"),
+        wrote("I do not know."),
+        wrote("import os\nos._exit(0)"),
+        wrote("def double(x): return 2 * x", tests="assert candidate(2) == 4", entry_point="double"),
+        wrote("anything", tests=None),
+    ]
+    before = [episode.reward for episode in episodes]
+    metrics = rewards.add(episodes)
+    earned = [episode.reward - start for episode, start in zip(episodes, before, strict=True)]
+    assert earned == [2.0, 1.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0]
+    assert metrics["reward/code"] == pytest.approx(2.5 / 7), "who has no tests is not judged"
+    counted = {name: metrics[f"reward/code/{name}"] for name in ("time", "memory", "output", "crash", "error")}
+    assert counted == {"time": 1, "memory": 1, "output": 0, "crash": 0, "error": 2}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"tests": "assert ("}, r"reward code: the tests of task 'one': a test does not parse"),
+        ({"tests": []}, r"reward code: the tests of task 'one': there must be a test"),
+        ({"tests": 3}, r"reward code: the tests of task 'one' are 3, and the entry point ''. Give a text or a list"),
+        ({"entry_point": 3}, r"and the entry point 3\. Give"),
+    ],
+)
+def test_tests_that_cannot_be_used_are_one_line(columns: dict[str, Any], message: str) -> None:
+    episode = wrote(ADD, **columns)
+    episode.task = "one"
+    with pytest.raises(DataError, match=message):
+        Rewards([Reward("code", CodeJudge())]).add([episode])
+
+
+def test_code_without_tests_says_which_columns_there_are() -> None:
+    episode = said(ADD)
+    episode.data = {"answer": "3"}
+    with pytest.raises(DataError, match=r"reward code: it needs the column 'tests', and the columns are: answer\."):
+        Rewards([Reward("code", CodeJudge())]).add([episode])

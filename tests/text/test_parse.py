@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from echelon.text.parse import answer_matches, as_number, final_answer, same_answer
+from echelon.text.parse import answer_matches, as_number, final_answer, program_in, same_answer
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,21 @@ def test_a_completion_earns_1_for_the_answer_of_its_row() -> None:
     said = ["It is 18.", "#### 17", r"\boxed{36/2}", "I do not know.", "x+1"]
     solution = "She sells 9 for 2 each.\n#### 18"
     assert answer_matches([()] * 5, said, answer=[solution, solution, "18", 18, r"\boxed{x+1}"]) == [1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("x = 1\n", "x = 1\n"),
+        ("Like so:\n```python\nx = 1\n```\nDone.", "x = 1\n"),
+        ("```\nx = 1\n```\nOr better:\n```py\nx = 2\n```", "x = 2\n"),
+        ("```python\nx = 1\n```\nRun it:\n```bash\npython x.py\n```", "x = 1\n"),
+        ("```bash\nls\n```", "```bash\nls\n```"),
+        ("```python\nx = 1\ny = ", "x = 1\ny = "),
+        ("```Python3 title\nx = '```'\n```", "x = '```'\n"),
+        ("  ```\n  x = 1\n  ```\n", "  x = 1\n"),
+        ("```python\n```", ""),
+    ],
+)
+def test_a_program_is_the_last_block_of_python_or_everything(text: str, program: str) -> None:
+    assert program_in(text) == program

@@ -1,0 +1,454 @@
+"""ToSCA: who learns when, from which rewards, that both levels learn from the same dialogues, and every recipe's promises."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from echelon import cli
+from echelon.config import ModelConfig, OptimConfig, load
+from echelon.errors import ConfigError, DataError
+from echelon.models.lm import load_lm, tiny
+from echelon.models.lora import AdapterView
+from echelon.recipes import tosca
+from echelon.recipes.tosca import Config, Levels, learn, learns, open_both
+from echelon.rollout.dialogue import RESPONDER, STRATEGIST, advantages
+from echelon.rollout.levels import open_dialogists
+from echelon.rollout.rewards import open_tasks
+from echelon.rollout.roles import collect
+from echelon.sampling.candidates import Offer
+from echelon.text.dialogue import Inventory, responder_prompt, strategist_prompt
+from echelon.train.policy import PolicyConfig
+from echelon.train.responder import Lower, ResponderConfig
+from echelon.train.strategy import StrategyConfig, Upper
+from echelon.types import Episode, SamplingParams, Task, Turn
+from tests.recipes.conftest import Run, Train
+from tests.recipes.talk import Talk
+
+ENV = "tests.recipes.talk:Talk"
+FEW = ["--env", ENV, "--steps", "4", "--episodes-per-step", "6", "--max-turns", "4", "--upper-updates", "2"]
+FEW += ["--upper-batch", "8", "--upper.target-every", "3", "--sampling.max-tokens", "6", "--sampling.max-prompt-tokens"]
+FEW += ["256", "--lower.policy.optim.lr", "1e-3", "--lower.value-optim.lr", "1e-3", "--lower.policy.minibatches", "2"]
+SHARED = ["--shared", "--lora.rank", "4", "--lora.alpha", "8"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a one-layer model with random weights whose tokenizer knows the words of both prompts."""
+    folder, state = tmp_path_factory.mktemp("model"), Talk(Task("0")).state
+    inventory = Talk.inventory()
+    texts = [strategist_prompt(state, inventory), responder_prompt(state, inventory.label(0))]
+    words = [message["content"] for messages in texts for message in messages]
+    module, tokenizer = tiny(words * 3, vocab_size=360, hidden=32, layers=1, heads=2)
+    module.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def few(model: Path) -> list[str]:
+    return ["--responder.path", str(model), *FEW]
+
+
+def config(model: Path, **settings: Any) -> Config:
+    lower = ResponderConfig(
+        policy=PolicyConfig(optim=OptimConfig(lr=1e-3), minibatches=2), value_optim=OptimConfig(lr=1e-3)
+    )
+    known = {"out": "x", "env": ENV, "responder": ModelConfig(str(model), device="cpu"), "lower": lower, "steps": 4}
+    known |= {"episodes_per_step": 6, "upper_updates": 2, "upper_batch": 8, "max_turns": 4}
+    return Config(**{**known, **settings})
+
+
+def opened(cfg: Config) -> tuple[Levels, list[Episode], dict[int, Offer]]:
+    """Levels as `main` opens them, and the dialogues of a step."""
+    env = open_tasks(cfg)
+    levels = open_both(cfg, env)
+    tosca.explore(cfg, 0, levels.players)
+    play = levels.players.play(env.make, max_turns=cfg.max_turns)
+    episodes = tosca.asyncio.run(collect(env.tasks("train"), play, seed=1, error_budget=cfg.error_budget))
+    return levels, episodes, levels.players.take()
+
+
+def weights(run: Run, step: int, part: str) -> dict[str, torch.Tensor]:
+    (file,) = (run.out / f"checkpoints/step_{step:06d}/{part}").glob("*model.safetensors")
+    return load_file(file)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+def changed(run: Run, before: int, part: str) -> bool:
+    """Whether a part is another one after the step that follows this one."""
+    return not same(weights(run, before, part), weights(run, before + 1, part))
+
+
+SCHEDULES = {
+    ("joint", "1:1"): ["both"] * 6,
+    ("upper", "1:1"): ["upper"] * 6,
+    ("lower", "1:1"): ["lower"] * 6,
+    ("alternate", "1:1"): ["upper", "lower"] * 3,
+    ("alternate", "3:1"): ["upper", "upper", "upper", "lower", "upper", "upper"],
+    ("sequential", "1:1"): ["lower"] * 3 + ["upper"] * 3,
+    ("sequential", "1:2"): ["lower"] * 4 + ["upper"] * 2,
+}
+WHO = {(True, True): "both", (True, False): "upper", (False, True): "lower"}
+
+
+@pytest.mark.parametrize(("mode", "cycle"), SCHEDULES)
+def test_the_mode_says_who_learns_in_which_step(mode: Any, cycle: str, model: Path) -> None:
+    cfg = config(model, mode=mode, cycle=cycle, steps=6)
+    assert [WHO[learns(cfg, step)] for step in range(6)] == SCHEDULES[mode, cycle]
+
+
+@pytest.mark.parametrize("mode", ["joint", "alternate", "upper", "lower", "sequential"])
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+def test_who_does_not_learn_stays_as_it_was_bit_for_bit(mode: Any, kind: str, train: Train, few: list[str]) -> None:
+    adapters = SHARED if kind == "shared" else []
+    run = train("tosca", *few, *adapters, "--mode", mode, "--save-every", "1", "--keep-last", "9")
+    cfg = load(Config, [], ["--out", "x", *few, "--mode", mode])
+    for step, row in enumerate(run.rows()):
+        above, below = learns(cfg, step)
+        assert changed(run, step, STRATEGIST) is above
+        assert changed(run, step, RESPONDER) is below
+        assert ("high/grad_norm" in row) is above
+        assert ("low/policy/grad_norm" in row) is below
+        assert row.get("high/grad_norm", 1.0) > 0
+        assert row.get("low/policy/grad_norm", 1.0) > 0
+
+
+def test_both_levels_read_the_same_reward(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(model)
+    levels, episodes, offers = opened(cfg)
+    read: dict[str, list[float]] = {}
+    judge, add = Lower.judge, type(levels.replay).add
+
+    def judging(self: Lower, turns: Any, rewards_N: torch.Tensor, **more: Any) -> Any:
+        read["low"] = rewards_N.tolist()
+        assert more["shared_N"] is None
+        return judge(self, turns, rewards_N, **more)
+
+    def adding(self: Any, found: Any) -> None:
+        read["high"] = [choice.reward for episode in found for choice in episode]
+        add(self, found)
+
+    monkeypatch.setattr(Lower, "judge", judging)
+    monkeypatch.setattr(type(levels.replay), "add", adding)
+    learned, _ = learn(cfg, 0, levels, episodes, offers)
+    assert read["low"] == read["high"] == [turn.reward for e in episodes for turn in e.of(RESPONDER)]
+    assert len(set(read["low"])) > 2
+    assert learned["low/satisfaction"] == pytest.approx(sum(read["low"]) / len(read["low"]))
+
+
+def test_what_is_shared_is_w_times_the_advantage_below_and_w_times_the_mean_reward_above(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = 0.5
+    cfg = config(model, reward_share_weight=weight)
+    levels, episodes, offers = opened(cfg)
+    seen: dict[str, Any] = {}
+    judge, add = Lower.judge, type(levels.replay).add
+
+    def judging(self: Lower, turns: Any, rewards_N: torch.Tensor, **more: Any) -> Any:
+        seen["shared"], seen["judged"] = more["shared_N"], judge(self, turns, rewards_N, **more)
+        return seen["judged"]
+
+    def adding(self: Any, found: Any) -> None:
+        seen["high"] = torch.tensor([choice.reward for episode in found for choice in episode])
+        add(self, found)
+
+    monkeypatch.setattr(Lower, "judge", judging)
+    monkeypatch.setattr(type(levels.replay), "add", adding)
+    learn(cfg, 0, levels, episodes, offers)
+    decided = [turn for episode in episodes for turn in episode.of(STRATEGIST)]
+    replies = [turn for episode in episodes for turn in episode.of(RESPONDER)]
+    assert seen["shared"].equal(weight * advantages(decided, offers))
+    assert seen["shared"].abs().max() > 0.01
+    # Before the first update KL to the start is zero: r_L is the satisfaction and what is shared, both at the last token.
+    earned = torch.tensor([turn.reward for turn in replies])
+    assert torch.allclose(seen["judged"].columns["return"], earned + seen["shared"], atol=1e-4)
+    lengths = torch.tensor([float(len(turn.action)) for turn in replies])
+    assert torch.allclose(seen["high"], earned + weight * earned / lengths, atol=1e-4)
+
+
+def test_without_a_weight_nothing_is_shared(model: Path) -> None:
+    cfg = config(model)
+    levels, episodes, offers = opened(cfg)
+    _, columns = learn(cfg, 0, levels, episodes, offers)
+    by_turn = {id(turn): number for turn, number in columns["return"]}
+    for turn in (turn for episode in episodes for turn in episode.of(RESPONDER)):
+        assert by_turn[id(turn)] == pytest.approx(turn.reward, abs=1e-4)
+
+
+def test_the_strategy_stands_in_the_prompt_of_the_reply_that_the_responder_learns_from(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(model)
+    levels, episodes, offers = opened(cfg)
+    learned: list[Turn] = []
+    judge = Lower.judge
+
+    def judging(self: Lower, turns: Any, *rest: Any, **more: Any) -> Any:
+        learned.extend(turns)
+        return judge(self, turns, *rest, **more)
+
+    monkeypatch.setattr(Lower, "judge", judging)
+    learn(cfg, 0, levels, episodes, offers)
+    inventory, decode = Talk.inventory(), levels.responder.role.renderer.decode
+    pairs = [(e.turns[reply.parent], reply) for e in episodes for reply in e.of(RESPONDER) if reply.parent is not None]
+    assert [reply for _, reply in pairs] == learned
+    for chosen, reply in pairs:
+        place = offers[chosen.seed].chosen
+        assert chosen.text == inventory.options[place]
+        assert f"Strategy: {inventory.label(place)}" in decode(reply.prompt)
+    assert len({chosen.text for chosen, _ in pairs}) > 1
+
+
+def test_the_target_is_another_network_that_lags(train: Train, few: list[str]) -> None:
+    """Three optimizer steps between copies, two of them in a step: the target is copied in steps 2, 3 and so on."""
+    run = train("tosca", *few, "--steps", 3, "--save-every", 1, "--keep-last", 9)
+    assert same(weights(run, 1, "target"), weights(run, 0, STRATEGIST))
+    assert not same(weights(run, 1, "target"), weights(run, 1, STRATEGIST))
+    assert not same(weights(run, 2, "target"), weights(run, 1, "target"))
+    assert same(weights(run, 3, "target"), weights(run, 3, STRATEGIST))  # six optimizer steps: copied just now
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared", "alternate", "softmax", "offline"])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
+    kind: str,
+    train: Train,
+    few: list[str],
+    recorded_decisions: Path,
+    killed_at: Callable[[int], None],
+) -> None:
+    more: dict[str, list[object]] = {
+        "separate": ["--reward-share-weight", 0.3, "--eval-every", 2, "--eval-episodes", 4],
+        "shared": [*SHARED, "--lora.dropout", 0.1],
+        "alternate": ["--mode", "alternate", "--lower.surprisal-coef", 0.1, "--lower.shaping.kl-target", 1],
+        "softmax": ["--pick", "softmax", "--upper.target", "polyak", "--lower.policy.kl-coef", 0.1],
+        "offline": ["--offline.path", recorded_decisions, "--upper.optim.schedule", "linear"],
+    }
+    flags = [*few, *more[kind], "--save-every", "1"]
+    killed_at(-1)
+    whole = train("tosca", *flags, name="whole")
+    killed_at(2)
+    train("tosca", *flags, name="killed", status=130)
+    killed_at(-1)
+    resumed = train("tosca", *flags, "--resume", name="killed")
+    assert resumed.rows() == whole.rows()
+    assert resumed.rows("episodes") == whole.rows("episodes")
+    last = "checkpoints/step_000004"
+    for file in (path for path in (whole.out / last).rglob("*.safetensors") if path.name != "rng.safetensors"):
+        name = file.relative_to(whole.out)
+        assert (resumed.out / name).read_bytes() == file.read_bytes(), name
+
+
+@pytest.fixture
+def recorded_decisions(tmp_path: Path) -> Path:
+    states = [Talk(Task(str(number))).state for number in range(4)]
+    rows = [
+        {
+            "id": str(number),
+            "state": {"query": state.query, "history": [], "description": state.description},
+            "strategy": "Advice",
+            "reward": 5.0,
+            "next_state": None,
+            "terminated": True,
+        }
+        for number, state in enumerate(states)
+    ]
+    path = tmp_path / "decisions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_recorded_decisions_are_mixed_into_every_batch(
+    model: Path, recorded_decisions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(model, offline=tosca.DataConfig(path=(str(recorded_decisions),)), offline_fraction=0.25)
+    levels, episodes, offers = opened(cfg)
+    drawn: list[list[Any]] = []
+    update = Upper.update
+
+    def updating(self: Upper, choices: Any) -> dict[str, float]:
+        drawn.append(list(choices))
+        return update(self, choices)
+
+    monkeypatch.setattr(Upper, "update", updating)
+    learn(cfg, 0, levels, episodes, offers)
+    assert len(levels.recorded) == 4
+    assert [sum(choice in levels.recorded for choice in choices) for choices in drawn] == [2, 2]
+    assert [len(choices) for choices in drawn] == [8, 8]
+
+
+def test_while_it_is_sequential_strategies_are_drawn_at_random(train: Train, few: list[str]) -> None:
+    rows = train("tosca", *few, "--mode", "sequential", "--episodes-per-step", 24).rows()
+    assert all(row["strategy/epsilon"] == 1.0 for row in rows)
+    assert all(0.15 < row[f"strategy/{name}"] < 0.55 for row in rows for name in ("question", "advice", "silence"))
+
+
+def test_exploration_falls_to_its_end(train: Train, few: list[str]) -> None:
+    rows = train("tosca", *few, "--epsilon", 0.8, "--epsilon-final", 0.2).rows()
+    assert [row["strategy/epsilon"] for row in rows] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize("choose", ["random", "none"])
+def test_without_one_who_learns_to_choose_the_responder_learns_alone(
+    choose: str, train: Train, few: list[str], model: Path
+) -> None:
+    run = train("tosca", *few, "--choose", choose, "--mode", "lower", "--save-every", 1, "--keep-last", 9)
+    parts = {path.name for path in (run.out / "checkpoints/step_000004").iterdir() if path.is_dir()}
+    assert parts == {RESPONDER, "value", "reference", "shaping"}
+    assert all(changed(run, step, RESPONDER) for step in range(4))
+    roles = {turn["role"] for row in run.rows("episodes") for turn in row["turns"]}
+    assert roles == ({STRATEGIST, RESPONDER} if choose == "random" else {RESPONDER})
+    assert any(name.startswith("strategy/") for name in run.rows()[0]) is (choose == "random")
+    params = SamplingParams(max_tokens=4)
+    who = open_dialogists(
+        str(run.out), model=ModelConfig("x", device="cpu"), sampling=tosca.SamplingConfig(), params=params
+    ) if choose == "random" else None
+    if who is not None:
+        assert who.chooser is not None
+        assert who.chooser.epsilon == 1.0
+
+
+def test_a_dialogue_whose_judge_failed_teaches_neither_level(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(model, env_settings={"judged": False}, error_budget=0.9)
+    monkeypatch.setattr(tosca, "open_tasks", lambda cfg: tosca.EnvSpec("talk", Talk, {"judged": False}))
+    env = tosca.open_tasks(cfg)
+    levels = open_both(cfg, env)
+    play = levels.players.play(env.make, max_turns=4)
+    episodes = tosca.asyncio.run(collect(env.tasks("train") * 3, play, seed=2, error_budget=0.9))
+    failed = sum(episode.ending == "failed" for episode in episodes)
+    assert 0 < failed < 18
+    learned, columns = learn(cfg, 0, levels, episodes, levels.players.take())
+    played = [episode for episode in episodes if episode.ending != "failed"]
+    replies = sum(len(episode.of(RESPONDER)) for episode in played)
+    assert len(levels.replay) == replies
+    assert len(columns["return"]) == replies
+    rewards = [turn.reward for episode in played for turn in episode.of(RESPONDER)]
+    assert learned["low/satisfaction"] == pytest.approx(sum(rewards) / replies)
+
+
+def test_two_adapters_share_one_base_and_are_saved_each_as_one(train: Train, few: list[str], model: Path) -> None:
+    run = train("tosca", *few, *SHARED)
+    last = run.out / "checkpoints/step_000004"
+    for part in (STRATEGIST, RESPONDER, "target"):
+        assert (last / part / "adapter_model.safetensors").is_file()
+        assert not (last / part / "model.safetensors").exists()
+    again = train("tosca", *few, "--shared", "--strategist.path", run.out, "--responder.path", run.out, name="again")
+    first = again.out / "checkpoints/step_000000"
+    for part in (STRATEGIST, RESPONDER):
+        assert same(load_file(last / part / "adapter_model.safetensors"), load_file(first / part / "adapter_model.safetensors"))
+    levels = open_both(config(model, shared=True, lora=tosca.LoraConfig(rank=4)), open_tasks(config(model)))
+    assert levels.strategist is not None
+    views = (levels.strategist.module, levels.responder.module)
+    assert all(isinstance(view, AdapterView) for view in views)
+    assert views[0].model is views[1].model
+
+
+def test_levels_start_as_what_other_runs_taught(train: Train, few: list[str], model: Path) -> None:
+    first = train("tosca", *few, "--upper.shift", "2", name="first")
+    second = train(
+        "tosca", *few, "--strategist.path", first.out, "--responder.path", first.out, "--steps", 1, name="second"
+    )
+    for part in (STRATEGIST, RESPONDER):
+        assert same(weights(first, 4, part), weights(second, 0, part))
+    described = [
+        json.loads((run.out / f"checkpoints/step_{step:06d}/strategist/strategist.json").read_text())
+        for run, step in ((first, 4), (second, 0), (second, 1))
+    ]
+    assert described[0] == described[1] == described[2]  # what its values mean is as it was learned
+    assert described[0]["shift"] != 2  # and began around what is earned
+
+
+def test_a_strategist_of_other_strategies_is_refused(
+    train: Train, few: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train("tosca", *few, "--steps", 1, name="first")
+    flags = ["--strategist.path", first.out, "--strategies", "A", "B"]
+    train("tosca", *few, *flags, name="second", status=2)
+    assert "chooses from ['Question', 'Advice', 'Silence'], written (1), (2), (3)" in capsys.readouterr().err
+
+
+def test_adapters_of_another_base_are_refused(
+    train: Train, few: list[str], untrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("tosca", *few, *SHARED, "--strategist.path", untrained, status=2)
+    assert "shared = true: the strategist stands on" in capsys.readouterr().err
+    train("tosca", *few, "--shared", status=2)
+    assert "is no adapter, and with shared = true each level learns in one" in capsys.readouterr().err
+
+
+def test_what_is_evaluated_is_greedy_and_changes_nothing(train: Train, few: list[str]) -> None:
+    plain = train("tosca", *few, name="plain")
+    run = train("tosca", *few, "--eval-every", 2, "--eval-episodes", 5, name="run")
+    found = [[name for name in row if name.startswith("eval/")] for row in run.rows()]
+    assert [bool(names) for names in found] == [False, True, False, True]
+    assert run.rows()[1]["eval/strategy/explored"] == 0.0
+    assert "eval/dialogue/satisfaction" in found[1]
+    rows = [{name: value for name, value in row.items() if not name.startswith("eval/")} for row in run.rows()]
+    assert rows == plain.rows()
+
+
+def test_episodes_tell_the_q_table_of_every_choice(train: Train, few: list[str]) -> None:
+    rows = train("tosca", *few, "--steps", 1).rows("episodes")
+    for row in rows:
+        for chosen, reply in zip(row["turns"][::2], row["turns"][1::2], strict=True):
+            q = [candidate["q"] for candidate in chosen["candidates"]]
+            assert chosen["explored"] is (q.index(max(q)) != chosen["chosen"])
+            assert chosen["strategy"] == chosen["candidates"][chosen["chosen"]]["strategy"]
+            assert {"advantage", "value", "return", "reward"} <= reply.keys()
+            assert "advantage" in chosen
+            assert reply["parent"] == chosen["index"]
+
+
+def test_dry_run_tells_sizes_and_writes_nothing(
+    train: Train, few: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("tosca", *few, "--dry-run")
+    told = capsys.readouterr().out
+    assert all(f"{name}: " in told for name in (STRATEGIST, "target", RESPONDER, "value"))
+    assert f"tokens per step: at most {6 * 4 * 6}" in told
+    assert not (tmp_path / "run").exists()
+
+
+MISTAKES = [
+    ([], "responder.path is missing"),
+    (["--cycle", "1"], "cycle = 1: expected steps of the strategist : steps of the responder, such as 3:1"),
+    (["--cycle", "0:1"], "cycle = 0:1: expected"),
+    (["--choose", "none"], "choose = none, so there is no strategist that could learn. Use --mode lower"),
+    (["--choose", "random", "--mode", "lower", "--shared"], "there is one level only"),
+    (["--choose", "none", "--mode", "lower", "--reward-share-weight", "1"], "so there is no Q to share"),
+    (["--mode", "sequential", "--reward-share-weight", "1"], "mode = sequential exchanges nothing"),
+    (["--reward-share-weight", "-1"], "levels would work against each other"),
+    (["--reward-share-weight", "1", "--lower.shaping.whiten"], "would take out again what is shared"),
+    (["--epsilon", "2"], "it is a probability"),
+    (["--temperature", "0"], "Q is divided by it"),
+    (["--lower.policy.minibatches", "40"], "some would have none of a step's 16 dialogues"),
+    (["--ptx.path", "x"], "these rows would count nothing"),
+    (["--lower.policy.ptx-coef", "0.1"], "there is nothing to weigh"),
+    (["--shared", "--lora.modules-to-save", "lm_head"], "no level can train it in full"),
+    (["--offline-fraction", "1"], "it is a part of a batch"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES, ids=[" ".join(flags) for flags, _ in MISTAKES])
+def test_settings_that_cannot_work_are_explained(flags: list[str], message: str) -> None:
+    path = ["--responder.path", "x"] if flags else []
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        load(Config, [], ["--out", "x", "--env", "dialogue", *path, *flags])
+
+
+def test_a_dialogue_needs_an_environment() -> None:
+    with pytest.raises(ConfigError, match="env is missing"):
+        load(Config, [], ["--out", "x", "--responder.path", "x"])
