@@ -21,6 +21,7 @@ from echelon.envs._shared import EnvSpec
 from echelon.errors import ConfigError, DataError, did_you_mean
 
 BUILT_IN = {
+    "arithmetic": "echelon.envs.arithmetic:Arithmetic",
     "dialogue": "echelon.envs.dialogue:Dialogue",
     "guess_my_city": "echelon.envs.guess_my_city:GuessMyCity",
     "guess_number": "echelon.envs.guess_number:GuessNumber",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,15 +25,14 @@ from echelon.config import ModelConfig, PlayConfig, SamplingConfig, demand, requ
 from echelon.data.recorded import transition_rows
 from echelon.envs.players import make_player
 from echelon.errors import CheckpointError
-from echelon.rollout.candidates import has_ranker, run_settings, saved_ranker, step_record
-from echelon.rollout.critics import saved_critic
+from echelon.rollout.candidates import step_record
 from echelon.rollout.evaluate import Estimate, bootstrap, evaluation_record, scripted_loop, summarise
+from echelon.rollout.players import open_policy
 from echelon.rollout.plays import env_loop
 from echelon.rollout.rewards import open_rewards, open_tasks
 from echelon.rollout.roles import collect
-from echelon.rollout.setup import Actor, describe, model_path, open_actor, set_threads
-from echelon.sampling.best_of import critic_score
-from echelon.sampling.candidates import Chooser, ranker_score
+from echelon.rollout.setup import Actor, describe, model_path, set_threads
+from echelon.sampling.candidates import Chooser
 from echelon.train.checkpoint import Label
 from echelon.train.log import episode_rows
 from echelon.types import Episode, SamplingParams
@@ -70,6 +69,8 @@ class Config(PlayConfig):
     """Draw from this many most likely tokens only; 0 keeps all."""
     top_p: float = 1.0
     """Draw from the smallest set of tokens with at least this probability."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that the prompt or the utterance already has become less likely."""
     greedy: bool = False
     """Always take the most likely token, whatever the temperature."""
     max_tokens: int = 32
@@ -98,6 +99,7 @@ class Config(PlayConfig):
         demand(self, "temperature", self.temperature >= 0, "probabilities would be turned around. Give 0 or more.")
         demand(self, "top_k", self.top_k >= 0, "it counts tokens. Give 0 to keep all.")
         demand(self, "top_p", 0 < self.top_p <= 1, "it is a probability that must be kept. Give 1 to keep all.")
+        demand(self, "repetition_penalty", self.repetition_penalty > 0, "it divides. Give 1 to leave it out.")
         demand(self, "stop", "" not in self.stop, "every text contains the empty text. Leave it out.")
         at = not isinstance(self.label, int) or self.label >= 0
         demand(self, "label", at, "steps are counted from 0. Give one of those in <run>/checkpoints.")
@@ -149,19 +151,11 @@ def open_player(cfg: Config, folder: str) -> Actor:
         temperature=0.0 if cfg.greedy else cfg.temperature,
         top_k=cfg.top_k,
         top_p=cfg.top_p,
+        repetition_penalty=cfg.repetition_penalty,
         stop=cfg.stop,
     )
-    model = replace(cfg.model, path=folder)
-    actor = open_actor(model, SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens), params=params)
-    checkpoint = Path(folder).parent
-    ranked = has_ranker(checkpoint)
-    if (candidates := cfg.candidates or (run_settings(checkpoint)["candidates"] if ranked else 1)) > 1:
-        if ranked:
-            score = ranker_score(saved_ranker(checkpoint, actor, model))
-        else:
-            score = critic_score(saved_critic(checkpoint / "critic", actor))
-        actor.role.sampler = Chooser(actor.sampler, score, candidates)
-    return actor
+    sampling = SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens)
+    return open_policy(folder, cfg.model, sampling, params, candidates=cfg.candidates)
 
 
 def offered(actor: Actor | None) -> dict[int, dict[str, Any]]:

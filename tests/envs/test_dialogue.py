@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from echelon.envs import check_env, load_env
-from echelon.envs.dialogue import SMALL, Dialogue, best, bound
+from echelon.envs.dialogue import SMALL, Dialogue, Plan, best, bound
 from echelon.envs.dialogue_models import parse_reaction, user_prompt
 from echelon.envs.dialogue_user import PLANS, Mood, Persona, hear, rate, react
 from echelon.envs.dialogue_words import (
@@ -287,6 +287,15 @@ def test_chance_agrees_with_its_exact_value():
     exact = sum(worth(need, Mood(intensity)) for need in PLANS for intensity in (3, 4)) / 6
     got = measure(load_env("dialogue"), "random", rounds=20)
     assert got.reward == pytest.approx(exact, abs=4 * got.error)
+
+
+def test_the_optimal_player_does_not_know_what_it_was_not_told():
+    """What it thinks possible falls apart by what it hears, and before a stage is done that is the same for all needs."""
+    plan = Plan(INVENTORIES["esconv"].strategies, 3, 1.0)
+    plan.move(tuple((need, Mood(3)) for need in PLANS))
+    unasked = [beliefs for beliefs in plan._moves if beliefs[0][1].done == 0]
+    assert len(unasked) > 2
+    assert all([need for need, _ in beliefs] == list(PLANS) for beliefs in unasked)
 
 
 def test_unneeded_turns_never_pay():

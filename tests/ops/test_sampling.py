@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.errors import ConfigError
-from echelon.ops.sampling import counter_uniform, draw, restrict_logits
+from echelon.ops.sampling import counter_uniform, draw, penalise_repetition, restrict_logits
 
 LOGITS = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
 
@@ -35,6 +35,13 @@ def test_temperature_divides():
 def test_greedy_is_not_a_distribution(temperature):
     with pytest.raises(ConfigError, match="argmax"):
         restrict_logits(torch.zeros(2, 3), temperature=temperature)
+
+
+def test_what_was_said_is_less_likely_however_often_it_was_said():
+    logits = torch.tensor([[2.0, -2.0, 1.0, 0.0], [2.0, -2.0, 1.0, 0.0]])
+    penalised = penalise_repetition(logits, torch.tensor([2.0, 1.0]), [[0, 1, 0, 3], [0, 1, 2]])
+    assert penalised.tolist() == [[1.0, -4.0, 1.0, 0.0], [2.0, -2.0, 1.0, 0.0]]
+    assert logits[0].tolist() == [2.0, -2.0, 1.0, 0.0], "the model's own logits stay"
 
 
 def test_top_k_and_top_p_by_hand():

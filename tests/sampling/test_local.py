@@ -15,7 +15,7 @@ from torch import Tensor
 
 from echelon.data.packing import Sampled, pack
 from echelon.models.lm import tiny, token_logprobs
-from echelon.ops.sampling import counter_uniform, draw, restrict_logits
+from echelon.ops.sampling import counter_uniform, draw, penalise_repetition, restrict_logits
 from echelon.sampling.local import LocalSampler
 from echelon.types import Completion, SamplingParams
 
@@ -52,6 +52,7 @@ def plain_loop(module: Any, prompt: list[int], params: SamplingParams) -> tuple[
     logprobs: list[float] = []
     while len(tokens) < params.max_tokens:
         logits = module(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[:, -1].float()
+        logits = penalise_repetition(logits, torch.tensor([params.repetition_penalty]), [prompt + tokens])
         shaped = restrict_logits(logits, temperature=params.temperature or 1.0, top_k=params.top_k, top_p=params.top_p)
         uniform = counter_uniform(torch.tensor([params.seed]), torch.tensor([len(tokens)]))
         token = int(logits.argmax()) if params.temperature == 0 else int(draw(shaped, uniform)[0])
@@ -86,7 +87,10 @@ def test_temperature_zero_is_the_argmax_and_counts_the_untempered_distribution()
     assert said.logprobs == pytest.approx(torch.log_softmax(logits, -1).amax(-1).tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("change", [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 5, "top_p": 0.7, "temperature": 1.5}])
+CUT = [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 5, "top_p": 0.7, "temperature": 1.5}]
+
+
+@pytest.mark.parametrize("change", [*CUT, {"top_p": 0.6, "repetition_penalty": 1.5}])
 def test_log_probs_are_those_of_the_restricted_distribution(change: dict[str, Any]) -> None:
     module, tokenizer = small()
     params = SamplingParams(max_tokens=12, **change)
@@ -100,6 +104,7 @@ def test_log_probs_are_those_of_the_restricted_distribution(change: dict[str, An
 def test_settings_of_one_request_do_not_leak_into_the_others() -> None:
     module, tokenizer = small()
     kinds = [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.3}, {"temperature": 2.0}, {"stop_ids": tuple(range(99))}]
+    kinds += [{"repetition_penalty": 3.0}, {"repetition_penalty": 1.5, "temperature": 0}]
     requests = [(ids(9, 1), SamplingParams(max_tokens=8, seed=5, **kind)) for kind in kinds]
     assert_plain(module, requests, ask(LocalSampler(module, tokenizer), requests))
 

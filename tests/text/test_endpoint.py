@@ -50,32 +50,37 @@ class Handler(BaseHTTPRequestHandler):
             fault = server.faults.pop(0) if server.faults else None
             server.busy += 1
             server.busiest = max(server.busiest, server.busy)
-        try:
-            self.answer(fault)
-        finally:
-            with server.lock:
-                server.busy -= 1
+        if isinstance(fault, float):
+            time.sleep(fault)
+        with server.lock:  # before the answer is written: whoever has read it may ask again at once
+            server.busy -= 1
+        self.answer(fault)
 
     def answer(self, fault):
         reply = {"choices": [{"message": {"role": "assistant", "content": self.server.answer}}]}
         status, headers, text = 200, {}, json.dumps(reply)
         if isinstance(fault, int):
             status, text = fault, "no such luck"
-        elif isinstance(fault, float):
-            time.sleep(fault)
         elif isinstance(fault, dict):
             status, headers, text = 429, fault, "slow down"
         elif fault == "drop":
             self.close_connection = True
             self.connection.close()
             return
-        elif fault is not None:
+        elif fault == "drip":
+            text = " " * 100 + text
+        elif isinstance(fault, str):
             text = fault
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(text.encode()))}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(text.encode())
+        if fault == "drip":
+            for byte in text.encode():
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.02)
+        else:
+            self.wfile.write(text.encode())
 
     def log_message(self, *_):
         """Nothing is printed."""
@@ -151,6 +156,12 @@ def test_an_answer_that_takes_too_long_is_given_up(serve):
     server = serve(*[0.6] * 2)
     with pytest.raises(Unanswered, match=r"did not answer in 2 tries: no answer within 0\.2 seconds"):
         ask(endpoint(server, timeout=0.2, retries=1))
+
+
+def test_a_server_that_never_stops_talking_does_not_hold_a_try_longer(serve):
+    began = time.monotonic()
+    assert ask(endpoint(serve("drip"), timeout=0.3)) == "Good day."
+    assert time.monotonic() - began < 1.5
 
 
 def test_in_the_end_it_is_unanswered_and_not_empty(serve):

@@ -1,0 +1,58 @@
+"""Which settings hold when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from echelon.errors import ConfigError
+from echelon.train.stages import Stages, parse_stages
+
+TABLE = ("from 0: credit.first=0 a=1", "from 3: credit.first=1", "plateau 2: a=2")
+
+
+def test_later_stages_add_to_what_earlier_ones_said() -> None:
+    stages = Stages(TABLE)
+    assert stages.words(0) == stages.words(2) == ["credit.first=0", "a=1"]
+    assert stages.words(3) == ["credit.first=0", "a=1", "credit.first=1"]
+
+
+def test_a_plateau_is_so_many_steps_without_a_better_one_since_the_stage_began() -> None:
+    stages, seen = Stages(TABLE), []
+    for step, number in enumerate([0.1, 0.9, 0.9, 0.2, 0.3, 0.3, 0.3, 0.1]):
+        seen.append("a=2" in stages.words(step))
+        stages.saw(number)
+    assert seen == [False] * 7 + [True], "0.9 came before step 3 and does not count; 0.3 at step 4 is the best after"
+
+
+def test_a_resumed_run_stands_where_it_stood(tmp_path: Path) -> None:
+    stages = Stages(TABLE)
+    for step in range(6):
+        stages.words(step)
+        stages.saw(0.5)
+    stages.save(tmp_path)
+    again = Stages(TABLE)
+    again.load(tmp_path)
+    assert again.words(6) == stages.words(6)
+    assert again.current == stages.current
+    fresh = Stages(TABLE)
+    fresh.save(tmp_path / "new")
+    again.load(tmp_path / "new")
+    assert again.current == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        (("from 5: a=1",), "nothing says what holds before. Begin with 'from 0:'"),
+        (("plateau 5: a=1",), "nothing says what holds before"),
+        (("from 0: a=1", "from 9: a=2", "from 9: a=3"), "comes after one that begins at 9"),
+        (("from 0: a=1", "plateau 3: a=2", "from 9: a=3"), "comes after a plateau"),
+        (("0: a=1",), "cannot be read"),
+        (("from 0: a 1",), "cannot be read"),
+    ],
+)
+def test_a_table_with_gaps_is_refused(table: tuple[str, ...], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint.replace("(", r"\(")):
+        parse_stages(table)
