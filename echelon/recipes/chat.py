@@ -347,7 +347,7 @@ def _table(notes: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right" if name == "Q" else "left")
     for place, option in enumerate(notes["candidates"]):
         value = "-" if option["q"] is None else f"{option['q']:.2f}"
-        said = f"{option['text']} {option['strategy']}" if "strategy" in option else option["text"].strip()
+        said = f"{option['text']} {option['strategy']}" if "strategy" in option else " ".join(option["text"].split())
         chosen = place == notes["chosen"]
         table.add_row(">" if chosen else "", value, Text(said), style="bold" if chosen else "dim")
     return table

@@ -124,16 +124,6 @@ def feedback_tree(
     """
     assert (coach is None) == (context in ("none", "fixed")), "a coach speaks, or there is none"
 
-    async def ask(role: Role, episode: Episode, prompts: Sequence[tuple[Prompt, Turn | None]], n: int) -> list[Turn]:
-        """`n` answers to each prompt, in order, as children of the turns it comes from."""
-        asked = [(prompt, parent) for prompt, parent in prompts for _ in range(n)]
-        turns = await asyncio.gather(
-            *(role.act(episode, prompt.messages, parent, afresh=True) for prompt, parent in asked)
-        )
-        for turn, (prompt, _) in zip(turns, asked, strict=True):
-            turn.info["cut"] = float(prompt.cut)
-        return list(turns)
-
     async def play(task: Task, episode: Episode) -> None:
         problem = list(await settle(make(task).start()))
         if context == "example":
@@ -141,38 +131,50 @@ def feedback_tree(
             told = await ask(coach, episode, [(shown(coach, templates.example, problem), None)], shape.feedback)
             with_example = [(shown(solver, templates.solve_with_example, problem, example=e.text), e) for e in told]
             await judge(make, task, await ask(solver, episode, with_example, shape.refine))
-            episode.ending = "terminated"
-            return
-        attempts = await ask(solver, episode, [(shown(solver, templates.solve, problem), None)], shape.solve)
-        await judge(make, task, attempts)
-        for _ in range(shape.rounds):
-            again = [
-                (shown(solver, templates.retry, problem, attempt=a.text), a)
-                if context == "none"
-                else (shown(solver, templates.refine, problem, attempt=a.text, feedback=fixed), a)
-                for a in attempts
-            ]
-            if coach is not None:
-                about = problem if context == "coach" else await stranger(task, episode)
-                remarks = [(shown(coach, templates.feedback, about, attempt=a.text), a) for a in attempts]
-                told = await ask(coach, episode, remarks, shape.feedback)
-                pairs = [(a, g) for g in told for a in [episode.turns[g.parent or 0]]]
-                again = [
-                    (shown(solver, templates.refine, problem, attempt=a.text, feedback=g.text), g) for a, g in pairs
-                ]
-            attempts = await ask(solver, episode, again, shape.refine)
+        else:
+            attempts = await ask(solver, episode, [(shown(solver, templates.solve, problem), None)], shape.solve)
             await judge(make, task, attempts)
+            for _ in range(shape.rounds):
+                attempts = await ask(solver, episode, await again(task, episode, problem, attempts), shape.refine)
+                await judge(make, task, attempts)
         episode.ending = "terminated"
 
-    async def stranger(task: Task, episode: Episode) -> list[Message]:
-        """Another problem than this one."""
-        drawn = np.random.default_rng(derive_seed(episode.seed, "stranger")).permutation(len(others))
-        other = next((others[place] for place in drawn.tolist() if others[place].id != task.id), None)
-        if other is None:
-            raise DataError("context = stranger: there is no other problem to speak about. Give more than one.")
-        return list(await settle(make(other).start()))
+    async def again(
+        task: Task, episode: Episode, problem: Sequence[Message], attempts: Sequence[Turn]
+    ) -> list[tuple[Prompt, Turn]]:
+        """What the solver is shown next: for every attempt, and everything said about it, a prompt and its parent."""
+        if context == "none":
+            return [(shown(solver, templates.retry, problem, attempt=a.text), a) for a in attempts]
+        told = [(a, a, fixed) for a in attempts]
+        if coach is not None:
+            about = problem if context == "coach" else await stranger(make, task, others, seed=episode.seed)
+            remarks = [(shown(coach, templates.feedback, about, attempt=a.text), a) for a in attempts]
+            said = await ask(coach, episode, remarks, shape.feedback)
+            told = [(episode.turns[remark.parent or 0], remark, remark.text) for remark in said]
+        return [
+            (shown(solver, templates.refine, problem, attempt=attempt.text, feedback=words), parent)
+            for attempt, parent, words in told
+        ]
 
     return play
+
+
+async def ask(role: Role, episode: Episode, prompts: Sequence[tuple[Prompt, Turn | None]], count: int) -> list[Turn]:
+    """`count` answers to each prompt, in order, as children of the turns it comes from."""
+    asked = [(prompt, parent) for prompt, parent in prompts for _ in range(count)]
+    turns = await asyncio.gather(*(role.act(episode, prompt.messages, parent, afresh=True) for prompt, parent in asked))
+    for turn, (prompt, _) in zip(turns, asked, strict=True):
+        turn.info["cut"] = float(prompt.cut)
+    return list(turns)
+
+
+async def stranger(make: Callable[[Task], Env], task: Task, others: Sequence[Task], *, seed: int) -> list[Message]:
+    """Another problem than this one."""
+    drawn = np.random.default_rng(derive_seed(seed, "stranger")).permutation(len(others))
+    other = next((others[place] for place in drawn.tolist() if others[place].id != task.id), None)
+    if other is None:
+        raise DataError("context = stranger: there is no other problem to speak about. Give more than one.")
+    return list(await settle(make(other).start()))
 
 
 def shown(role: Role, template: str, problem: Sequence[Message], **parts: str) -> Prompt:

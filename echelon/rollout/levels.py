@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from echelon.config import LoraConfig, ModelConfig, SamplingConfig
-from echelon.envs import EnvSpec
+from echelon.envs import EnvSpec, load_env
 from echelon.errors import CheckpointError, ConfigError, DataError
 from echelon.models import lora as adapters
 from echelon.models.lm import load_lm, load_tokenizer
@@ -212,7 +212,7 @@ def open_dialogists(
 
     The strategist chooses as `pick` says, by default what it values most; of a run that drew strategies at random it
     goes on doing so, and of one that had none there is none. `params` are how replies are drawn. Strategies are those
-    the strategist learned; without one, those of the settings of the run, or of `env`.
+    the strategist learned; without one, those of the settings of the run, of `env`, or of the environment of the run.
     """
     place = responder_path(path)
     checkpoint = Path(place).parent
@@ -230,7 +230,7 @@ def open_dialogists(
 
 
 def _strategies(settings: Mapping[str, Any], env: EnvSpec | None) -> Inventory:
-    named, options = settings.get("strategies") or (), settings.get("options") or ()
-    if named or env is None:
-        return env_inventory(EnvSpec("this run", object), tuple(named), tuple(options))
-    return env_inventory(env, options=tuple(options))
+    named, options = tuple(settings.get("strategies") or ()), tuple(settings.get("options") or ())
+    if env is None and settings.get("env"):
+        env = load_env(settings["env"], settings.get("env_settings"))
+    return env_inventory(env or EnvSpec("this run", object), named, options)

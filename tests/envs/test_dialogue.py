@@ -290,7 +290,7 @@ def test_chance_agrees_with_its_exact_value():
 
 
 def test_the_optimal_player_does_not_know_what_it_was_not_told():
-    """What it thinks possible falls apart by what it hears, and before a stage is done that is the same for all needs."""
+    """It tells needs apart by what it hears alone, and before a stage is done that is the same for all of them."""
     plan = Plan(INVENTORIES["esconv"].strategies, 3, 1.0)
     plan.move(tuple((need, Mood(3)) for need in PLANS))
     unasked = [beliefs for beliefs in plan._moves if beliefs[0][1].done == 0]

@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in (module, tokenizer):
         part.save_pretrained(folder / "model")
     words = f"sft --model.path {folder}/model --data.path {folder}/talk.jsonl --out {folder}/sft --threads 1"
-    assert cli.main(f"{words} --epochs 12 --rows-per-step 24 --optim.lr 5e-3".split()) == 0
+    assert cli.main(f"{words} --epochs 30 --rows-per-step 24 --optim.lr 5e-3".split()) == 0
     return folder
 
 

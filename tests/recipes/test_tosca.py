@@ -19,11 +19,12 @@ from echelon.models.lm import load_lm, tiny
 from echelon.models.lora import AdapterView
 from echelon.recipes import tosca
 from echelon.recipes.tosca import Config, Levels, learn, learns, open_both
-from echelon.rollout.dialogue import RESPONDER, STRATEGIST, advantages
+from echelon.rollout.dialogue import RESPONDER, STRATEGIST, Dialogists, advantages
 from echelon.rollout.levels import open_dialogists
 from echelon.rollout.rewards import open_tasks
 from echelon.rollout.roles import collect
 from echelon.sampling.candidates import Offer
+from echelon.seeds import derive_seed
 from echelon.text.dialogue import Inventory, responder_prompt, strategist_prompt
 from echelon.train.policy import PolicyConfig
 from echelon.train.responder import Lower, ResponderConfig
@@ -310,13 +311,25 @@ def test_without_one_who_learns_to_choose_the_responder_learns_alone(
     roles = {turn["role"] for row in run.rows("episodes") for turn in row["turns"]}
     assert roles == ({STRATEGIST, RESPONDER} if choose == "random" else {RESPONDER})
     assert any(name.startswith("strategy/") for name in run.rows()[0]) is (choose == "random")
-    params = SamplingParams(max_tokens=4)
-    who = open_dialogists(
-        str(run.out), model=ModelConfig("x", device="cpu"), sampling=tosca.SamplingConfig(), params=params
-    ) if choose == "random" else None
-    if who is not None:
-        assert who.chooser is not None
-        assert who.chooser.epsilon == 1.0
+    who = opened_again(run)
+    assert who.inventory == Talk.inventory()
+    assert (who.chooser is not None and who.chooser.epsilon == 1.0) is (choose == "random")
+
+
+def opened_again(run: Run) -> Dialogists:
+    params, model = SamplingParams(max_tokens=6), ModelConfig("x", device="cpu")
+    return open_dialogists(str(run.out), model=model, sampling=tosca.SamplingConfig(), params=params)
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+def test_a_run_is_played_again_as_it_was_learned(kind: str, train: Train, few: list[str], model: Path) -> None:
+    adapters = SHARED if kind == "shared" else []
+    run = train("tosca", *few, *adapters, "--eval-every", 4, "--eval-episodes", 6)
+    who, env = opened_again(run), open_tasks(config(model))
+    play, seed = who.play(env.make, max_turns=4), derive_seed(0, "evaluation")
+    episodes = tosca.asyncio.run(collect(env.tasks("test"), play, seed=seed))
+    rewards = [turn.reward for episode in episodes for turn in episode.of(RESPONDER)]
+    assert run.rows()[-1]["eval/dialogue/satisfaction"] == pytest.approx(sum(rewards) / len(rewards))
 
 
 def test_a_dialogue_whose_judge_failed_teaches_neither_level(
@@ -384,9 +397,9 @@ def test_adapters_of_another_base_are_refused(
     train: Train, few: list[str], untrained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train("tosca", *few, *SHARED, "--strategist.path", untrained, status=2)
-    assert "shared = true: the strategist stands on" in capsys.readouterr().err
+    assert "the strategist stands on" in capsys.readouterr().err
     train("tosca", *few, "--shared", status=2)
-    assert "is no adapter, and with shared = true each level learns in one" in capsys.readouterr().err
+    assert "is no adapter, and where levels share a model each learns in one" in capsys.readouterr().err
 
 
 def test_what_is_evaluated_is_greedy_and_changes_nothing(train: Train, few: list[str]) -> None:
