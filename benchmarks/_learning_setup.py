@@ -82,6 +82,8 @@ class Method:
     settings: Mapping[str, Any]
     sweep: tuple[Mapping[str, Any], ...]
     """Settings that are tried, dotted; as many for every method."""
+    by_env: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further settings, by environment."""
     flat: bool = True
     """Whether nothing in it knows what an utterance is worth in its state, so that it is a baseline."""
     offline: bool = False
@@ -90,8 +92,6 @@ class Method:
     """Whether it discounts turns."""
     critic: bool = False
     """Whether a critic is trained that starts as the model before its warm start."""
-    candidates: int = 1
-    """Among how many the upper level picks what is said; above 1 the lower level is tested alone, too."""
 
 
 def rates(name: str, *values: float, **more: Any) -> tuple[Settings, ...]:
@@ -152,7 +152,6 @@ METHODS = {
         flat=False,
         discounts=True,
         critic=True,
-        candidates=4,
     ),
     "offline_iql_awr": Method(
         "off-line IQL + AWR",
@@ -190,7 +189,6 @@ METHODS = {
         flat=False,
         discounts=True,
         critic=True,
-        candidates=8,
     ),
 }
 
@@ -290,6 +288,7 @@ def run_settings(
         "threads": 1,
         "seed": seed,
         **method.settings,
+        **method.by_env.get(task.env, {}),
         **size.cut.get(method.recipe, {}),
     }
     if method.offline:
@@ -298,7 +297,9 @@ def run_settings(
         settings |= {"env": task.env, "env_settings": dict(task.env_settings)}
         episodes = task.flat_episodes if method.flat else task.level_episodes
         settings["steps"] = episodes // per_step(settings)
-    settings["steps"] = max(size.checkpoints, round(settings["steps"] * size.episodes * part))
+    # As many steps between one test and the next, everywhere.
+    between = max(1, round(settings["steps"] * size.episodes * part / size.checkpoints))
+    settings["steps"] = between * size.checkpoints
     if method.discounts:
         settings["gamma"] = task.gamma
     if method.critic:
@@ -306,7 +307,7 @@ def run_settings(
     for name, value in point.items():
         settings = put(settings, name.split("."), value)
     # Every test is of a checkpoint, so all of them stay.
-    return {**settings, "save_every": settings["steps"] // size.checkpoints, "keep_last": settings["steps"] + 1}
+    return {**settings, "save_every": between, "keep_last": settings["steps"] + 1}
 
 
 def per_step(settings: Mapping[str, Any]) -> int:

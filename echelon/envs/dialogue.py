@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from typing import Any
@@ -28,9 +28,9 @@ from echelon.envs.dialogue_words import (
     say,
     wordings,
 )
-from echelon.errors import ConfigError
+from echelon.errors import ConfigError, did_you_mean
 from echelon.text.dialogue import ASSISTANT, INVENTORIES, USER, DialogueState, Inventory, responder_prompt
-from echelon.text.endpoint import Ask, shared_endpoint
+from echelon.text.endpoint import Ask, endpoint_settings, shared_endpoint
 from echelon.types import Message, Step, Task
 
 SMALL = Inventory((QUESTION, REFLECTION, AFFIRMATION, SUGGESTIONS, OTHERS))
@@ -41,6 +41,9 @@ HELD_OUT = 5
 
 INTENSITIES = (3, 4)
 
+LONGEST_REPLY = 2000
+"""Characters of a reply that are heard."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -50,9 +53,14 @@ class Settings:
     patience: int = 3
     user: str | Ask = "rules"
     judge: str | Ask = "rules"
-    endpoint: Mapping[str, Any] | None = None
+    endpoint: Mapping[str, Any] = field(default_factory=dict)
+    """Those that begin with `endpoint_`."""
 
     def __post_init__(self) -> None:
+        known = ["strategies", "patience", "user", "judge", *(f"endpoint_{name}" for name in endpoint_settings())]
+        for name in self.endpoint:
+            if name not in known:
+                raise ConfigError(f"dialogue has no setting '{name}'.{did_you_mean(name, known)}")
         if self.strategies not in ("esconv", "small"):
             raise ConfigError(
                 f"dialogue: strategies = {self.strategies}: its user knows those of ESConv. Use 'esconv' for all eight "
@@ -60,8 +68,12 @@ class Settings:
             )
         if not 1 <= self.patience <= 3:
             raise ConfigError(f"dialogue: patience = {self.patience}: a user leaves after 1 to 3 wasted turns.")
-        for name in ("user", "judge"):
-            self.ask(name)
+        self.ask("user")
+        self.ask("judge")
+        if self.endpoint and "endpoint" not in (self.user, self.judge):
+            raise ConfigError(
+                f"dialogue: {min(self.endpoint)} is set and nobody is asked there. Set user or judge to 'endpoint'."
+            )
 
     def inventory(self) -> Inventory:
         """The strategies to choose from."""
@@ -76,17 +88,25 @@ class Settings:
             raise ConfigError(f"dialogue: {name} = {who!r}. Use 'rules' or 'endpoint'.")
         if who == "rules":
             return None
-        if not self.endpoint:
-            raise ConfigError(
-                f"dialogue: {name} = endpoint, but no endpoint is given. Set endpoint.url and endpoint.model."
-            )
-        return shared_endpoint(self.endpoint)
+        return shared_endpoint({name.removeprefix("endpoint_"): value for name, value in self.endpoint.items()})
+
+
+def settings_from(
+    *,
+    strategies: str = "esconv",
+    patience: int = 3,
+    user: str | Ask = "rules",
+    judge: str | Ask = "rules",
+    **endpoint: Any,
+) -> Settings:
+    """Settings as they are given by keyword."""
+    return Settings(strategies, patience, user, judge, endpoint)
 
 
 class Dialogue:
     """Reply to a user until its trouble is solved or it leaves: the reward of a turn is its satisfaction, 0 to 5.
 
-    The user is gone, content or not, after seven turns at most; both ends are `terminated`.
+    Both ends are `terminated`. The user that follows rules is gone, content or not, after seven turns at most.
     """
 
     def __init__(
@@ -97,7 +117,7 @@ class Dialogue:
         patience: int = 3,
         user: str | Ask = "rules",
         judge: str | Ask = "rules",
-        endpoint: Mapping[str, Any] | None = None,
+        **endpoint: Any,
     ) -> None:
         settings = Settings(strategies, patience, user, judge, endpoint)
         self._patience = patience
@@ -118,7 +138,7 @@ class Dialogue:
         patience: int = 3,
         user: str | Ask = "rules",
         judge: str | Ask = "rules",
-        endpoint: Mapping[str, Any] | None = None,
+        **endpoint: Any,
     ) -> list[Task]:
         """A user of every need in every situation; a fifth of the situations is the test split."""
         need_split("dialogue", split)
@@ -140,7 +160,7 @@ class Dialogue:
     @classmethod
     def inventory(cls, **settings: Any) -> Inventory:
         """The strategies to choose from, with these settings."""
-        return Settings(**settings).inventory()
+        return settings_from(**settings).inventory()
 
     @property
     def state(self) -> DialogueState:
@@ -163,7 +183,7 @@ class Dialogue:
 
     def step(self, action: str) -> Step | Awaitable[Step]:
         """Say a reply to the user, who answers. A coroutine where a language model is asked."""
-        reply = " ".join(action.split())
+        reply = " ".join(action.split())[:LONGEST_REPLY]
         if self._user is None and self._judge is None:
             return self._advance(reply, self._hear(reply))
         return self._consult(reply)
@@ -180,7 +200,14 @@ class Dialogue:
             reaction = self._hear(reply)
         else:
             reaction = await ask_user(
-                self._user, self._persona, self.state, self._mood, reply, self._earlier, self._counts
+                self._user,
+                self._persona,
+                self.state,
+                self._mood,
+                reply,
+                self._earlier,
+                patience=self._patience,
+                counts=self._counts,
             )
         if self._judge is not None:
             judgement = await ask_judge(self._judge, self.state, reply, reaction.says, self._counts)
@@ -240,7 +267,7 @@ class Dialogue:
         well they word it (see `say`).
         """
         need_kind("dialogue", kind)
-        known = Settings(**settings)
+        known = settings_from(**settings)
         strategies = known.inventory().strategies
         plan = best(strategies, known.patience, gamma)
 

@@ -54,15 +54,20 @@ async def ask_user(
     mood: Mood,
     reply: str,
     earlier: tuple[str, ...],
+    *,
+    patience: int,
     counts: Counts,
 ) -> Reaction:
     """How a language model in the user's role reacts. Raises Unanswered when it does not say so in the form asked for.
 
     The judgement takes its word for what it accepted, what helped and what it feels; the wording is judged by rule.
+    After `patience` replies that it did not accept it leaves, whatever it says.
     """
     messages = user_prompt(persona, state, reply)
     heard = await understood(ask, messages, parse_reaction, who="the user", on_garbage=counts.note)
-    after = Mood(heard.intensity, status=heard.status)
+    lost = mood.lost + (not heard.accepts)
+    tired = lost >= patience and heard.status == "stays"
+    after = Mood(heard.intensity, lost=lost, status="leaves" if tired else heard.status)
     judgement = {
         "acceptance": heard.accepts,
         "effectiveness": heard.helps,

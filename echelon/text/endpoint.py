@@ -80,16 +80,16 @@ class Endpoint:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError("endpoint.url must begin an API over HTTP, such as http://localhost:8000/v1.")
+            raise ConfigError("endpoint: url must begin an API over HTTP, such as http://localhost:8000/v1.")
         if parts.username or parts.password or parts.query:
             raise ConfigError(
-                "endpoint.url holds more than an address. Put the key into the variable that key_env names."
+                "endpoint: url holds more than an address. Put the key into the variable that key_env names."
             )
         if not self.model:
-            raise ConfigError("endpoint.model is empty. Give the model's name at the endpoint.")
+            raise ConfigError("endpoint: model is empty. Give the model's name at the endpoint.")
         for name, least in (("timeout", 0.001), ("retries", 0), ("backoff", 0.0), ("parallel", 1), ("max_tokens", 1)):
             if getattr(self, name) < least:
-                raise ConfigError(f"endpoint.{name} = {getattr(self, name)}: it must be at least {least}.")
+                raise ConfigError(f"endpoint: {name} = {getattr(self, name)}: it must be at least {least}.")
         need("httpx2", "endpoint")
 
     async def __call__(self, messages: Sequence[Message]) -> str:
@@ -179,7 +179,7 @@ class Endpoint:
             raise ConfigError(f"{self.url} wants a key (status {status}): the variable {self.key_env} {known}.")
         raise ConfigError(
             f"{self.url} refuses the request (status {status}): {' '.join(said.split())[:200]} "
-            "Check endpoint.url, endpoint.model and endpoint.body."
+            "Check its url, model and body."
         )
 
 
@@ -242,21 +242,40 @@ class _Answers:
         return self._folder / name[:2] / f"{name}.json"
 
 
+def endpoint_settings() -> dict[str, tuple[Any, str]]:
+    """The settings of an endpoint: what kind of value each is, for Python and in words."""
+    return {each.name: _KINDS[str(each.type)] for each in fields(Endpoint) if each.init}
+
+
 def shared_endpoint(settings: Mapping[str, Any]) -> Endpoint:
     """The endpoint with these settings, the same object for the same settings: its limit and its cache are shared.
 
     Raises ConfigError for settings that an endpoint does not have, or that cannot work.
     """
-    known = [each.name for each in fields(Endpoint) if each.init]
-    for name in settings:
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"endpoint = {settings!r:.60}: it is a url and a model. Write endpoint: {{url: …, model: …}}."
+        )
+    known = {each.name: _KINDS[str(each.type)] for each in fields(Endpoint) if each.init}
+    for name, value in settings.items():
+        if name in known and (not isinstance(value, known[name][0]) or isinstance(value, bool)):
+            raise ConfigError(f"endpoint: {name} is not {known[name][1]}.")
         if name not in known:
             raise ConfigError(
-                f"endpoint has no setting '{name}'.{did_you_mean(name, known)} It has {', '.join(known)}."
+                f"endpoint: there is no setting '{name}'.{did_you_mean(name, known)} It has {', '.join(known)}."
             )
     for name in ("url", "model"):
         if name not in settings:
-            raise ConfigError(f"endpoint.{name} is missing. It needs a url and a model.")
+            raise ConfigError(f"endpoint: {name} is missing. It needs a url and a model.")
     return _endpoint(json.dumps(dict(settings), sort_keys=True))
+
+
+_KINDS: Mapping[str, tuple[Any, str]] = {
+    "str": (str, "a text"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "Mapping[str, Any]": (Mapping, "a mapping of fields"),
+}
 
 
 @cache

@@ -335,9 +335,10 @@ def test_the_vocabulary_is_small_and_utterances_are_short():
         ({"strategies": "daily_dialog"}, "strategies = daily_dialog"),
         ({"patience": 0}, "1 to 3 wasted turns"),
         ({"user": "robot"}, "user = 'robot'"),
-        ({"judge": "endpoint"}, "no endpoint is given"),
-        ({"judge": "endpoint", "endpoint": {"url": "http://localhost:1/v1", "modle": "m"}}, "Did you mean 'model'"),
-        ({"judge": "endpoint", "endpoint": {"url": "http://localhost:1/v1"}}, "endpoint.model is missing"),
+        ({"judge": "endpoint"}, "endpoint: url is missing"),
+        ({"judge": "endpoint", "endpoint_modle": "m"}, "Did you mean 'endpoint_model'"),
+        ({"judge": "endpoint", "endpoint_url": "http://localhost:1/v1"}, "endpoint: model is missing"),
+        ({"endpoint_url": "http://localhost:1/v1"}, "nobody is asked there"),
         ({"patiense": 2}, "Did you mean 'patience'"),
     ],
 )
@@ -410,6 +411,28 @@ def test_a_model_may_be_the_user():
     assert (second.reward, second.terminated, second.info["win"]) == (4, True, 1)
     assert "asked about it twice" in user.asked[0][0]["content"]
     assert ASK in user.asked[1][0]["content"]
+
+
+def test_a_model_in_the_role_of_the_user_has_patience_too():
+    refused = REACTED.replace("accepts: yes", "accepts: no")
+    env = dialogue(user=Model(refused, REACTED, refused), patience=2)
+    steps = [asyncio.run(env.step("Hello there.")) for _ in range(3)]
+    assert [step.terminated for step in steps] == [False, False, True]
+    assert steps[-1].info["left"] == 1
+
+
+def test_a_model_reads_no_more_of_a_reply_than_a_person_would():
+    judge = Model(JUDGED)
+    asyncio.run(dialogue(judge=judge).step("very long " * 2000))
+    assert len(judge.asked[0][0]["content"]) < 4000
+
+
+def test_every_user_that_follows_rules_is_gone_within_seven_turns():
+    def longest(need: str, mood: Mood) -> int:
+        after = {react(need, mood, act, sensitive, patience=3) for act in SENSITIVE for sensitive in (True, False)}
+        return 1 + max((longest(need, each) for each in after if each.status == "stays"), default=0)
+
+    assert max(longest(need, Mood(4)) for need in PLANS) == 7
 
 
 def test_user_and_judge_may_both_be_models():

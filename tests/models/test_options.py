@@ -138,6 +138,12 @@ def test_what_happens_to_logits_behind_the_head_happens_here_too() -> None:
     scores = token_scores(base, torch.ones(1, 16), torch.tensor([0, 0]), torch.tensor([7, 8]), "logit")
     raw = base.lm_head(torch.ones(1, 16))[0, [7, 8]]
     torch.testing.assert_close(scores, 0.5 * torch.tanh(raw / 0.5))
+    base.config.logit_scale = 3.0
+    scores = token_scores(base, torch.ones(1, 16), torch.tensor([0, 0]), torch.tensor([7, 8]), "logit")
+    torch.testing.assert_close(scores, 0.5 * torch.tanh(3 * raw / 0.5))
+    base.config.final_logit_softcapping = None
+    scores = token_scores(base, torch.ones(1, 16), torch.tensor([0, 0]), torch.tensor([7, 8]), "logit")
+    torch.testing.assert_close(scores, 3 * raw)
 
 
 def test_padding_and_what_lies_in_it_do_not_matter(lm: Any) -> None:

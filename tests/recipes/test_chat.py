@@ -13,41 +13,48 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from echelon import cli
-from echelon.config import ModelConfig
+from echelon.config import ModelConfig, load
 from echelon.envs import load_env
 from echelon.errors import ConfigError
 from echelon.models.lm import tiny
 from echelon.recipes import chat
 from echelon.recipes.chat import Config, Levels, Policy, open_partner
+from echelon.rollout.players import open_policy
 from echelon.text.dialogue import INVENTORIES, DialogueState, responder_prompt, strategist_prompt
 from echelon.train.checkpoint import Checkpoints
 from tests.recipes.conftest import GAME, made
+from tests.test_docs import CODE, columns, prose, wrong_settings
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
 
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
+def command(words: Sequence[object], max_tokens: int) -> list[str]:
+    """A command line: who answers, short answers, and the flags of a test."""
+    return ["chat", *map(str, words[:1]), "--threads", "1", "--max-tokens", str(max_tokens), *map(str, words[1:])]
+
+
 class Terminal:
     """A chat in a process of its own, and its terminal. The process is a fork of this one: everything is imported."""
 
     def __init__(self, *words: object) -> None:
-        os.environ["COLUMNS"] = "100"
         self.seen, self._at = "", 0
         self.process, self._keyboard = pty.fork()
         if self.process == 0:
-            status = 99
+            status, os.environ["COLUMNS"] = 99, "500"
             try:
                 sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
-                status = cli.main(["chat", "--threads", "1", "--max-tokens", "12", *map(str, words)])
+                status = cli.main(command(words, 12))
                 sys.stdout.flush()
             except BaseException:
                 traceback.print_exc()
@@ -58,12 +65,12 @@ class Terminal:
         """Press these keys."""
         os.write(self._keyboard, text.encode())
 
-    def until(self, text: str, seconds: float = 120) -> str:
+    def until(self, text: str, seconds: float = 60) -> str:
         """What appears up to a text, that one included, since the last time."""
         end = time.monotonic() + seconds
         while text not in self.seen[self._at :]:
             assert time.monotonic() < end, f"{text!r} did not appear in {self.seen!r}"
-            self._read()
+            assert self._read(), f"it has ended: {self.seen!r}"
         place = self.seen.index(text, self._at) + len(text)
         found, self._at = self.seen[self._at : place], place
         return found
@@ -80,17 +87,20 @@ class Terminal:
         while True:
             assert time.monotonic() < end, f"it goes on: {self.seen!r}"
             pid, status = os.waitpid(self.process, os.WNOHANG)
-            self._read()
+            if not self._read():
+                time.sleep(0.05)
             if pid:
                 os.close(self._keyboard)
                 return os.waitstatus_to_exitcode(status)
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Take what has appeared by now; whether there may be more."""
         if select.select([self._keyboard], [], [], 0.1)[0]:
             try:
                 self.seen += COLOURS.sub("", os.read(self._keyboard, 1 << 16).decode(errors="replace"))
             except OSError:  # the other end is closed
-                time.sleep(0.1)
+                return False
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +148,7 @@ def tosca(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder / "model")
     few = ("--responder.path", folder / "model", "--env", "dialogue", "--episodes-per-step", 2, "--max-turns", 2)
     few += ("--upper-updates", 1, "--upper-batch", 2, "--sampling.max-tokens", 4)
+    few += ("--lower.policy.minibatches", 1, "--lower.value-minibatches", 1)
     return trained(folder / "run", "tosca", *few)
 
 
@@ -161,16 +172,12 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 def test_a_model_at_the_terminal(terminal: Callable[..., Terminal], model: Path, tmp_path: Path) -> None:
     at = terminal(model, "--system", "Be brief.")
-    assert f"{model}: clear begins anew, save FILE keeps the conversation, exit leaves." in at.until("you> ").replace(
-        "\r\n", ""
-    )
+    assert f"{model}: clear begins anew, save FILE keeps the conversation, exit leaves." in at.until("you> ")
     first = at.say("Guess my number.")
     second = at.say("Higher.")
     assert first.endswith("\r\n")
-    assert f"Saved to {tmp_path / 'talk.jsonl'}." in at.say(f"save {tmp_path / 'talk.jsonl'}").replace("\r\n", "")
-    assert "is there already, and it is never overwritten" in at.say(f"save {tmp_path / 'talk.jsonl'}").replace(
-        "\r\n", " "
-    )
+    assert f"Saved to {tmp_path / 'talk.jsonl'}." in at.say(f"save {tmp_path / 'talk.jsonl'}")
+    assert "is there already, and it is never overwritten" in at.say(f"save {tmp_path / 'talk.jsonl'}")
     messages = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert [messages[0]["content"], messages[1]["content"]] == ["Be brief.", "Guess my number."]
@@ -193,8 +200,13 @@ def test_control_d_and_control_c_leave_without_a_word(terminal: Callable[..., Te
 def test_control_c_stops_an_answer_and_the_conversation_goes_on(
     terminal: Callable[..., Terminal], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "_fit_budget", lambda *given: None)
-    at = terminal(model, "--max-tokens", 100_000, "--temperature", 1)
+    def endless(*given: Any, **settings: Any) -> Any:
+        actor = open_policy(*given, **settings)
+        actor.role.params = replace(actor.role.params, stop_ids=(-1,))
+        return actor
+
+    monkeypatch.setattr(chat, "open_policy", endless)
+    at = terminal(model, "--max-tokens", 2000, "--temperature", 1)
     at.until("you> ")
     at.type("Guess.\n")
     at.until("Guess.\r\n")
@@ -217,7 +229,8 @@ def test_a_ranker_shows_its_candidates_with_their_values_and_the_choice(
     values = [float(re.search(r"-?\d+\.\d\d", line)[0]) for line in shown[1:4]]  # type: ignore[index]
     (chosen,) = (place for place, line in enumerate(shown[1:4]) if line.startswith(">"))
     assert values[chosen] == max(values)
-    assert shown[1 + chosen].split(maxsplit=2)[2:] == [" ".join(" ".join(shown[4:]).split())][: bool(shown[4].strip())]
+    said = " ".join(" ".join(shown[4:]).split())
+    assert shown[1 + chosen].strip().split(maxsplit=2)[2:] == ([said] if said else [])
     at.type("exit\n")
     assert at.status() == 0
 
@@ -269,7 +282,7 @@ def piped(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     monkeypatch.setattr(sys.stdout, "reconfigure", lambda **how: None, raising=False)
     capsys.readouterr()
-    status = cli.main(["chat", "--threads", "1", "--max-tokens", "6", *map(str, words)])
+    status = cli.main(command(words, 6))
     return status, *capsys.readouterr()
 
 
@@ -338,7 +351,7 @@ def test_an_answer_grows_as_it_is_written(model: Path) -> None:
     who, shown = partner(model, temperature=1.0), list[str]()
     text = chat.asyncio.run(who.answer("Guess.", lambda notes: None, lambda text: shown.append(text) or False))
     assert len(shown) > 1
-    assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
     assert text.startswith(shown[-1])
 
 
@@ -461,6 +474,21 @@ def test_a_run_that_is_damaged_is_one_line(pipe: Pipe, ranker: Path, tmp_path: P
     status, _, err = pipe("Hello.\n", tmp_path / "run")
     assert status == 2
     assert err.endswith("none of its checkpoints is whole. Start a new run.\n")
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "chat.md"
+
+
+def test_the_page_has_the_settings_with_their_defaults_and_every_flag_of_the_source() -> None:
+    assert list(wrong_settings("chat", prose(PAGE))) == []
+    rows = [row for row, _ in columns(prose(PAGE), "here")]
+    flags = {code for row in rows for code in CODE.findall(row["flag"])}
+    assert flags >= {"pretrain", "max_len", "greedy_sampling", "top_p", "temperature", "repetition_penalty"}
+    assert flags >= {"input_template", "apply_chat_template", "ta_prompt", "enable_csft", "csft_prompt"}
+    mapped = [code.split() for row in rows for code in CODE.findall(row["here"]) if code.startswith("--")]
+    assert len(mapped) >= 8
+    for words in mapped:
+        load(Config, [], ["--model.path", "x", *words])
 
 
 @pytest.mark.parametrize(

@@ -103,14 +103,16 @@ def test_other_settings_learn_it_too(train, folder: Path, settings: Sequence[obj
 
 
 @pytest.mark.learning
-def test_imitation_learns_what_supporters_do_from_conversations(train, folder: Path) -> None:
-    """55 conversations of two turns; of about 50 decisions of other ones 0.9 and more are as the supporter's."""
+@pytest.mark.parametrize("seed", [0, 1])
+def test_imitation_learns_what_supporters_do_from_conversations(train, folder: Path, seed: int) -> None:
+    """80 conversations of two turns, 21 of them held out: all 42 decisions there, with these seeds."""
     data = ("--model.path", folder / "model", "--data.path", folder / "esconv.json", "--data.eval-fraction", 0.3)
-    flags = ("--rows-per-step", 16, "--epochs", 8, "--optim.lr", 3e-3, "--optim.schedule", "linear")
+    flags = ("--rows-per-step", 16, "--epochs", 12, "--optim.lr", 3e-3, "--optim.schedule", "linear", "--seed", seed)
     run = train("strategist", *data, *flags, "--reward", "imitation", "--select", "accuracy", "--eval-every", 0)
     evaluation = json.loads((run.out / "evaluation.json").read_text())
-    assert evaluation["accuracy"] > 0.8, "chance is 1/8, and the most frequent one 0.3"
-    assert evaluation["macro_f1"] > 0.7
+    assert evaluation["accuracy"] > 0.9, "chance is 1/8, and the most frequent one 0.3"
+    assert evaluation["macro_f1"] > 0.9
+    assert evaluation["bias"] < 1
 
 
 def test_an_esconv_file_is_read_and_accuracy_macro_f1_and_bias_are_reported(
@@ -137,6 +139,14 @@ def test_an_esconv_file_is_read_and_accuracy_macro_f1_and_bias_are_reported(
 
 def lowest(run: Run) -> dict[str, Any]:
     return min((row for row in run.rows() if "eval/loss" in row), key=lambda row: row["eval/loss"])
+
+
+def test_what_is_reported_is_what_the_best_weights_do_and_not_the_last_ones(train, conversations: list[str]) -> None:
+    run = train("strategist", *conversations, *FEW, "--eval-first", "--optim.lr", 0.3)
+    assert lowest(run)["step"] == 0
+    assert lowest(run)["eval/loss"] < 0.5 * run.rows()[-1]["eval/loss"]
+    found = json.loads((run.out / "evaluation.json").read_text())
+    assert found["state_value"] == pytest.approx(lowest(run)["eval/state_value"], abs=1e-5)
 
 
 def test_the_best_weights_are_an_ordinary_model_with_a_note_on_how_it_is_read(train, conversations: list[str]) -> None:

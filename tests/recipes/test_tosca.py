@@ -1,9 +1,8 @@
-"""ToSCA: who learns when, from which rewards, that both levels learn from the same dialogues, and every recipe's promises."""
+"""ToSCA: who learns when and from which rewards, that both learn from the same dialogues, every recipe's promises."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from echelon import cli
 from echelon.config import ModelConfig, OptimConfig, load
-from echelon.errors import ConfigError, DataError
-from echelon.models.lm import load_lm, tiny
+from echelon.errors import ConfigError
+from echelon.models.lm import tiny
 from echelon.models.lora import AdapterView
 from echelon.recipes import tosca
 from echelon.recipes.tosca import Config, Levels, learn, learns, open_both
@@ -25,10 +23,10 @@ from echelon.rollout.rewards import open_tasks
 from echelon.rollout.roles import collect
 from echelon.sampling.candidates import Offer
 from echelon.seeds import derive_seed
-from echelon.text.dialogue import Inventory, responder_prompt, strategist_prompt
+from echelon.text.dialogue import responder_prompt, strategist_prompt
 from echelon.train.policy import PolicyConfig
 from echelon.train.responder import Lower, ResponderConfig
-from echelon.train.strategy import StrategyConfig, Upper
+from echelon.train.strategy import Upper
 from echelon.types import Episode, SamplingParams, Task, Turn
 from tests.recipes.conftest import Run, Train
 from tests.recipes.talk import Talk
@@ -172,7 +170,7 @@ def test_what_is_shared_is_w_times_the_advantage_below_and_w_times_the_mean_rewa
     replies = [turn for episode in episodes for turn in episode.of(RESPONDER)]
     assert seen["shared"].equal(weight * advantages(decided, offers))
     assert seen["shared"].abs().max() > 0.01
-    # Before the first update KL to the start is zero: r_L is the satisfaction and what is shared, both at the last token.
+    # Before the first update KL is zero: r_L is the satisfaction and what is shared, both at the last token.
     earned = torch.tensor([turn.reward for turn in replies])
     assert torch.allclose(seen["judged"].columns["return"], earned + seen["shared"], atol=1e-4)
     lengths = torch.tensor([float(len(turn.action)) for turn in replies])
@@ -332,9 +330,7 @@ def test_a_run_is_played_again_as_it_was_learned(kind: str, train: Train, few: l
     assert run.rows()[-1]["eval/dialogue/satisfaction"] == pytest.approx(sum(rewards) / len(rewards))
 
 
-def test_a_dialogue_whose_judge_failed_teaches_neither_level(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dialogue_whose_judge_failed_teaches_neither_level(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(model, env_settings={"judged": False}, error_budget=0.9)
     monkeypatch.setattr(tosca, "open_tasks", lambda cfg: tosca.EnvSpec("talk", Talk, {"judged": False}))
     env = tosca.open_tasks(cfg)
@@ -361,7 +357,7 @@ def test_two_adapters_share_one_base_and_are_saved_each_as_one(train: Train, few
     again = train("tosca", *few, "--shared", "--strategist.path", run.out, "--responder.path", run.out, name="again")
     first = again.out / "checkpoints/step_000000"
     for part in (STRATEGIST, RESPONDER):
-        assert same(load_file(last / part / "adapter_model.safetensors"), load_file(first / part / "adapter_model.safetensors"))
+        assert same(*(load_file(step / part / "adapter_model.safetensors") for step in (last, first)))
     levels = open_both(config(model, shared=True, lora=tosca.LoraConfig(rank=4)), open_tasks(config(model)))
     assert levels.strategist is not None
     views = (levels.strategist.module, levels.responder.module)

@@ -174,7 +174,7 @@ def test_in_the_end_it_is_unanswered_and_not_empty(serve):
         ask(endpoint(server, retries=1))
 
 
-@pytest.mark.parametrize(("status", "says"), [(401, "the variable MY_KEY is not accepted"), (404, "endpoint.model")])
+@pytest.mark.parametrize(("status", "says"), [(401, "the variable MY_KEY is not accepted"), (404, "its url, model")])
 def test_a_request_that_can_never_work_ends_the_run(serve, status, says):
     server = serve(status)
     with pytest.raises(ConfigError, match=says):
@@ -249,16 +249,30 @@ def test_a_request_that_is_cancelled_is_given_up_at_once(serve):
         ({"url": "localhost:8000"}, "must begin an API over HTTP"),
         ({"url": "https://me:secret@host/v1"}, "more than an address"),
         ({"url": "https://host/v1?key=secret"}, "more than an address"),
-        ({"model": ""}, "endpoint.model is empty"),
-        ({"timeout": 0.0}, "endpoint.timeout = 0.0"),
-        ({"retries": -1}, "endpoint.retries = -1"),
-        ({"parallel": 0}, "endpoint.parallel = 0"),
+        ({"model": ""}, "endpoint: model is empty"),
+        ({"timeout": 0.0}, "endpoint: timeout = 0.0"),
+        ({"retries": -1}, "endpoint: retries = -1"),
+        ({"parallel": 0}, "endpoint: parallel = 0"),
     ],
 )
 def test_settings_that_cannot_work_say_why(settings, says):
     with pytest.raises(ConfigError, match=says) as raised:
         Endpoint(**{"url": "http://localhost:1/v1", "model": "m", **settings})
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"url": "http://localhost:1/v1", "model": "m", "timeout": "60"}, "endpoint: timeout is not a number"),
+        ({"url": "http://localhost:1/v1", "model": "m", "retries": 1.5}, "endpoint: retries is not a whole number"),
+        ({"url": "http://localhost:1/v1", "model": 7}, "endpoint: model is not a text"),
+        ({"url": "http://localhost:1/v1", "model": "m", "body": [1]}, "endpoint: body is not a mapping"),
+    ],
+)
+def test_settings_of_the_wrong_kind_say_so(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        shared_endpoint(settings)
 
 
 def test_the_same_settings_share_one_endpoint():
@@ -289,7 +303,7 @@ def test_an_answer_out_of_form_is_forgotten_and_asked_for_again(serve, tmp_path)
 def test_a_dialogue_with_a_judge_behind_an_endpoint(serve):
     judged = "\n".join(f"{name}: {'no' if name == 'effectiveness' else 'yes'}" for name in DIMENSIONS)
     server = serve(500, answer=judged)
-    settings = {"judge": "endpoint", "endpoint": {"url": server.url, "model": "m", "backoff": 0.01}}
+    settings = {"judge": "endpoint", "endpoint_url": server.url, "endpoint_model": "m", "endpoint_backoff": 0.01}
     task = Task("t", data={"need": "advice", "topic": "job", "feeling": "sad", "intensity": 3})
     step = asyncio.run(Dialogue(task, **settings).step("What happened with your job?"))
     assert (step.reward, step.info["effectiveness"]) == (4, 0)

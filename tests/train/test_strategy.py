@@ -144,6 +144,12 @@ def test_q_starts_at_the_value_it_is_told_and_what_is_best_stays_best() -> None:
     assert moved == pytest.approx([moved[0]] * 6, abs=1e-5)
 
 
+def test_a_level_that_goes_on_reads_its_values_as_they_were_read() -> None:
+    before = upper(score="logprob", shift=3.0)
+    after = Upper(before.online.lm, StrategyConfig(), MENU, SPELLED, reading=before.online.reading)
+    assert q(after.online, HERE) == q(after.target, HERE) == q(before.online, HERE)
+
+
 def test_values_learn_what_was_earned() -> None:
     level = upper(gamma=0.5)
     for _ in range(150):

@@ -1,0 +1,152 @@
+"""What the feedback level starts from, made in seconds: a tiny model, and texts for a solver and a coach to imitate.
+
+python examples/arithmetic.py --out runs/arithmetic
+for level in solver coach; do
+  echelon sft --model.path runs/arithmetic/tiny --data.path runs/arithmetic/$level.jsonl --out runs/arithmetic/$level \
+    --rows-per-step 64 --max-tokens 64 --epochs 1 --optim.lr 3e-3 --optim.warmup-steps 50 --optim.schedule cosine
+done
+echelon feedback configs/feedback/arithmetic.yaml
+
+What there is to know about sums is divided. The solver imitates a student who adds the digits of each place and carries
+where told to, mostly; told nothing, the student carries here and there by chance. The coach imitates somebody who sees
+where carries belong, and is wrong about each place now and then. So first attempts are rarely right, remarks about
+every other time, and nobody has ever seen a verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from echelon import config
+from echelon.config import OptimConfig
+from echelon.data.packing import Batch, copies, pack
+from echelon.envs.arithmetic import PLACES, carried, column_sum, question, spell
+from echelon.models.lm import count_parameters, tiny, token_logprobs
+from echelon.ops import losses
+from echelon.recipes import feedback
+from echelon.rollout.setup import set_threads
+from echelon.seeds import derive_seed
+from echelon.train.learner import Learner, save_module
+
+SETTINGS = Path(__file__).parents[1] / "configs/feedback/arithmetic.yaml"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write `tiny/`, `solver.jsonl` and `coach.jsonl`."""
+    args = arguments().parse_args(argv)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    set_threads(args.threads)
+    cfg = config.load(feedback.Config, [args.settings], [])
+    draw = random.Random(args.seed)
+    solver = [row for _ in range(args.sums) for row in student_says(cfg, draw, args)]
+    coach = [coach_says(cfg, draw, args) for _ in range(args.remarks)]
+    write(out / "solver.jsonl", solver)
+    write(out / "coach.jsonl", coach)
+    texts = [message["content"] for row in [*solver[:2000], *coach[:2000]] for message in row["messages"]]
+    module, tokenizer = tiny(
+        texts, vocab_size=512, hidden=args.hidden, layers=args.layers, heads=args.hidden // 32, seed=args.seed
+    )
+    learn_to_copy(module, tokenizer, steps=args.copying_steps, seed=args.seed)
+    save_module(module, out / "tiny", tokenizer)
+    print(f"{out}: a model of {count_parameters(module):,} parameters, {len(solver):,} answers, {len(coach):,} remarks")
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/arithmetic", help="folder to write to")
+    parser.add_argument("--settings", default=str(SETTINGS), help="whose templates and digits the texts have")
+    parser.add_argument("--sums", type=int, default=16000, help="sums the student does, each told something or not")
+    parser.add_argument("--remarks", type=int, default=8000, help="remarks of the coach")
+    parser.add_argument("--guess", type=float, default=0.2, help="how often a place gets a carry that nobody named")
+    parser.add_argument("--knows", type=float, default=0.0, help="how often a carry is made unasked where one belongs")
+    parser.add_argument("--obeys", type=float, default=0.9, help="how often the student carries exactly as told")
+    parser.add_argument("--wrong", type=float, default=0.2, help="how often the coach is wrong about a place")
+    parser.add_argument("--hidden", type=int, default=64, help="width of the model, a multiple of 32")
+    parser.add_argument("--layers", type=int, default=2, help="its depth")
+    parser.add_argument("--copying-steps", type=int, default=200, help="steps of learning to repeat random tokens")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def student_says(cfg: feedback.Config, draw: random.Random, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A sum as the student does it at first; told to try again; or told where to carry."""
+    one, other, digits = a_sum(cfg, draw)
+    asked = question(one, other, digits, True)
+
+    def unasked() -> str:
+        belongs = carried(one, other, digits)
+        chance = {place: args.knows if args.knows and place in belongs else args.guess for place in range(1, digits + 1)}
+        places = [place for place, often in chance.items() if draw.random() < often]
+        return spell(column_sum(one, other, digits, places), digits + 1, True)
+
+    first = unasked()
+    kind = draw.random()
+    if kind < 0.3:
+        yield row(cfg.templates.solve.format(question=asked), first)
+    elif kind < 0.5:
+        yield row(cfg.templates.retry.format(question=asked, attempt=first), unasked())
+    else:
+        told = [place for place in range(1, digits + 1) if draw.random() < 0.5]
+        obeyed = spell(column_sum(one, other, digits, told), digits + 1, True)
+        answer = obeyed if draw.random() < args.obeys else unasked()
+        yield row(cfg.templates.refine.format(question=asked, attempt=first, feedback=remark(told)), answer)
+
+
+def coach_says(cfg: feedback.Config, draw: random.Random, args: argparse.Namespace) -> dict[str, Any]:
+    """What the coach says about an attempt: where carries belong, but for some places."""
+    one, other, digits = a_sum(cfg, draw)
+    belongs = carried(one, other, digits)
+    attempt = column_sum(one, other, digits, [p for p in range(1, digits + 1) if draw.random() < args.guess])
+    named = [p for p in range(1, digits + 1) if (p in belongs) != (draw.random() < args.wrong)]
+    asked = question(one, other, digits, True)
+    prompt = cfg.templates.feedback.format(question=asked, attempt=spell(attempt, digits + 1, True))
+    return row(prompt, remark(named))
+
+
+def a_sum(cfg: feedback.Config, draw: random.Random) -> tuple[int, int, int]:
+    """Two numbers and how many digits they have. They may come up in training, too: nobody says what is right."""
+    digits = int(cfg.env_settings.get("digits", 3))
+    return draw.randrange(10**digits), draw.randrange(10**digits), digits
+
+
+def remark(places: Collection[int]) -> str:
+    """Where to carry, in words."""
+    return " ".join(["carry", *([PLACES[place] for place in sorted(places)] or ["nothing"])])
+
+
+def row(prompt: str, answer: str) -> dict[str, Any]:
+    """A conversation to imitate."""
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
+def learn_to_copy(module: nn.Module, tokenizer: Any, *, steps: int, seed: int) -> None:
+    """Teach a new model to repeat random tokens: its stand-in for being pretrained."""
+    optim = OptimConfig(lr=5e-3, betas=(0.9, 0.98), warmup_steps=min(30, steps // 2), schedule="linear")
+    learner = Learner(module, optim, total_steps=steps, name="tiny", tokenizer=tokenizer)
+    for step in range(steps):
+        rows = copies(64, vocabulary=len(tokenizer), seed=derive_seed(seed, "copies", step))
+        learner.update([pack(rows)], copying_loss)
+
+
+def copying_loss(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """Negative log-likelihood of what is said again."""
+    return losses.token_sum(losses.nll(token_logprobs(module, batch)), batch.mask, batch.denom), {}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One row a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
