@@ -159,7 +159,11 @@ def job(args: Args, name: str, out: Path, *, kind: str, **more: Any) -> Job:
     size, task = QUICK if args.quick else FULL, TASKS[args.task]
     tests: Settings = {
         **{"env": task.env, "env_settings": dict(task.env_settings), "max_tokens": task.max_tokens},
-        **{"max_prompt_tokens": task.prompt_tokens, "threads": 1, "seed": 1000 + more.get("settings", {}).get("seed", 0)},
+        **{
+            "max_prompt_tokens": task.prompt_tokens,
+            "threads": 1,
+            "seed": 1000 + more.get("settings", {}).get("seed", 0),
+        },
     }
     what = {"kind": kind, "task": args.task, "quick": args.quick, "out": str(out), "tests": tests, **more}
     what |= {"games": size.test_games, "final_games": size.final_games}

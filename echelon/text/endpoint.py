@@ -61,9 +61,11 @@ class Endpoint:
     key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key. Unset: no key is sent, as local servers like it."""
     temperature: float = 0.0
+    """Below 0 it is not sent: some servers will not have it."""
     max_tokens: int = 256
+    """Of an answer; 0 is not sent either."""
     body: Mapping[str, Any] = field(default_factory=dict)
-    """More fields of the request; null takes one away, as `max_tokens: null` does where a server will not have it."""
+    """More fields of the request."""
     timeout: float = 60.0
     """Seconds one try may take."""
     retries: int = 4
@@ -87,7 +89,7 @@ class Endpoint:
             )
         if not self.model:
             raise ConfigError("endpoint: model is empty. Give the model's name at the endpoint.")
-        for name, least in (("timeout", 0.001), ("retries", 0), ("backoff", 0.0), ("parallel", 1), ("max_tokens", 1)):
+        for name, least in (("timeout", 0.001), ("retries", 0), ("backoff", 0.0), ("parallel", 1), ("max_tokens", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"endpoint: {name} = {getattr(self, name)}: it must be at least {least}.")
         need("httpx2", "endpoint")
@@ -110,14 +112,13 @@ class Endpoint:
 
     def _request(self, messages: Sequence[Message]) -> tuple[str, dict[str, Any]]:
         """The name of a request in the cache, and its body."""
-        given = {
+        body = {
             "model": self.model,
             "messages": [dict(message) for message in messages],
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
+            **({"temperature": self.temperature} if self.temperature >= 0 else {}),
+            **({"max_tokens": self.max_tokens} if self.max_tokens else {}),
             **self.body,
         }
-        body = {key: value for key, value in given.items() if value is not None}
         text = json.dumps([self.url, body], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest(), body
 

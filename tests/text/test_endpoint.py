@@ -114,8 +114,11 @@ def ask(model, messages=HELLO):
 
 def test_a_conversation_goes_out_and_its_answer_comes_back(serve):
     server = serve()
-    assert ask(endpoint(server, body={"seed": 7, "max_tokens": None})) == "Good day."
-    assert server.bodies == [{"model": "m", "messages": HELLO, "temperature": 0.0, "seed": 7}]
+    assert ask(endpoint(server)) == "Good day."
+    assert ask(endpoint(server, temperature=-1.0, max_tokens=0, body={"seed": 7})) == "Good day."
+    first, second = server.bodies
+    assert first == {"model": "m", "messages": HELLO, "temperature": 0.0, "max_tokens": 256}
+    assert second == {"model": "m", "messages": HELLO, "seed": 7}
     assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
