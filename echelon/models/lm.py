@@ -367,7 +367,7 @@ def output_head(module: nn.Module) -> nn.Module:
 
 def logits_of(module: nn.Module, hidden: Float[Tensor, "M H"]) -> Float[Tensor, "M V"]:
     """Float32 logits of hidden states, with what some architectures do after the head (scaling, soft-capping)."""
-    scale, cap = _after_head(module)
+    scale, cap = after_head(module)
     logits: Tensor = output_head(module)(hidden).float() * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -432,7 +432,7 @@ def _on_sampled(batch: Batch, values_M: Tensor) -> Float[Tensor, "B T"]:
     return place.masked_scatter(batch.mask, values_M)
 
 
-def _after_head(module: nn.Module) -> tuple[float, float | None]:
+def after_head(module: nn.Module) -> tuple[float, float | None]:
     """What the logits are multiplied by after the head, and where they are then soft-capped."""
     config = module.config.get_text_config()  # type: ignore[operator, union-attr]
     multiplier, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
@@ -449,7 +449,7 @@ def _scores(
     head = lora.spoken_through(outer)
     if type(head) is not nn.Linear or any(part._forward_hooks or part._forward_pre_hooks for part in (outer, head)):
         return _scores_of_any_head(module, hidden_MH, targets_M, temperature)
-    scale, cap = _after_head(module)
+    scale, cap = after_head(module)
     return linear_scores(
         hidden_MH,
         head.weight,

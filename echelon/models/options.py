@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from echelon.errors import DataError
 from echelon.models import lora
 from echelon.models.lm import (
-    _after_head,
+    after_head,
     attention_inputs,
     backbone,
     evaluating,
@@ -158,7 +158,7 @@ def _picked_logits(
     lm: nn.Module, head: nn.Module, hidden_MH: Float[Tensor, "M H"], token_M: Int[Tensor, "M"]
 ) -> Float[Tensor, "M"]:
     """One logit per hidden state, of a linear head: nothing is computed for other tokens."""
-    weight, bias, (scale, cap) = head.weight, head.bias, _after_head(lm)
+    weight, bias, (scale, cap) = head.weight, head.bias, after_head(lm)
     assert isinstance(weight, Tensor)
     logits_M = (hidden_MH.float() * weight[token_M].float()).sum(1)
     if isinstance(bias, Tensor):

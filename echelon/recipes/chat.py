@@ -23,16 +23,14 @@ from rich.text import Text
 from torch import nn
 
 from echelon.config import CommandConfig, ModelConfig, SamplingConfig, demand, require
-from echelon.envs import EnvSpec, load_env
-from echelon.envs.registry import BUILT_IN
-from echelon.errors import CheckpointError, ConfigError, DataError, EchelonError
+from echelon.errors import ConfigError, EchelonError
 from echelon.models.reward import most_positions
-from echelon.rollout.candidates import run_settings, step_record
-from echelon.rollout.dialogue import RESPONDER, STRATEGIST, Dialogists, choice_record, fitted, named, reading
+from echelon.rollout.candidates import step_record
+from echelon.rollout.dialogue import RESPONDER, Dialogists, choice_record, fitted, named, reading
 from echelon.rollout.levels import has_levels, open_dialogists
-from echelon.rollout.players import open_policy
+from echelon.rollout.players import env_of_run, open_policy, speaker
 from echelon.rollout.roles import Role
-from echelon.rollout.setup import describe, model_path, set_threads
+from echelon.rollout.setup import describe, set_threads
 from echelon.sampling.candidates import Chooser
 from echelon.seeds import derive_seed
 from echelon.text.dialogue import ASSISTANT, USER, DialogueState, strategist_prompt
@@ -223,11 +221,11 @@ def open_partner(cfg: Config) -> Partner:
     sampling = SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens)
     system = _read("system_file", cfg.system_file) or cfg.system
     start = _read("start_file", cfg.start_file)
-    folder = speaker(cfg)
+    folder = speaker(cfg.model.path, cfg.label)
     if cfg.strategist or has_levels(Path(folder).parent):
         if system or start:
             raise ConfigError("system and start_file: a responder's prompt has no place for them. Give description.")
-        env = _env_of(Path(folder).parent)
+        env = env_of_run(Path(folder).parent)
         who = open_dialogists(
             folder, model=cfg.model, sampling=sampling, params=params, env=env, strategist=cfg.strategist
         )
@@ -238,24 +236,6 @@ def open_partner(cfg: Config) -> Partner:
     _fit_budget(cfg, actor.module, actor.role)
     opening = [_message("system", system)] if system else []
     return Policy(actor.role, actor.module, opening=opening, start=start and f"{start}\n", seed=cfg.seed)
-
-
-def speaker(cfg: Config) -> str:
-    """The folder or hub id of the model that writes. Raises CheckpointError and DataError for a run that has none."""
-    refusal = None
-    for part in (RESPONDER, "actor"):
-        try:
-            return model_path(cfg.model.path, part, cfg.label)
-        except CheckpointError as error:
-            refusal = error
-    with contextlib.suppress(CheckpointError):
-        model_path(cfg.model.path, STRATEGIST, cfg.label)
-        raise DataError(
-            f"{cfg.model.path}: a strategist chooses how to reply and writes nothing. Name a model that writes, and "
-            f"give --strategist {cfg.model.path}."
-        )
-    assert refusal is not None, "both parts were refused"
-    raise refusal
 
 
 def at_terminal(cfg: Config, partner: Partner) -> None:
@@ -363,15 +343,6 @@ def _fit_budget(cfg: Config, module: nn.Module, *roles: Role) -> None:
         )
     for role in roles:
         role.renderer.max_tokens = min(cfg.max_prompt_tokens, room)
-
-
-def _env_of(checkpoint: Path) -> EnvSpec | None:
-    """The environment of a run, which names the strategies where its settings do not, if it comes with echelon."""
-    if not has_levels(checkpoint):
-        return None
-    settings = run_settings(checkpoint)
-    name = settings.get("env") or ""
-    return load_env(name, settings.get("env_settings") or {}) if name in BUILT_IN else None
 
 
 def _read(setting: str, path: str) -> str:

@@ -12,31 +12,34 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from echelon.config import ModelConfig, PlayConfig, SamplingConfig, demand, require
 from echelon.data.recorded import transition_rows
+from echelon.envs import EnvSpec
 from echelon.envs.players import make_player
 from echelon.errors import CheckpointError
 from echelon.rollout.candidates import step_record
+from echelon.rollout.dialogue import RESPONDER, STRATEGIST, choice_record
 from echelon.rollout.evaluate import Estimate, bootstrap, evaluation_record, scripted_loop, summarise
-from echelon.rollout.players import open_policy
+from echelon.rollout.levels import has_levels, open_dialogists
+from echelon.rollout.players import open_policy, speaker
 from echelon.rollout.plays import env_loop
 from echelon.rollout.rewards import open_rewards, open_tasks
-from echelon.rollout.roles import collect
-from echelon.rollout.setup import Actor, describe, model_path, set_threads
+from echelon.rollout.roles import Role, collect
+from echelon.rollout.setup import describe, set_threads
 from echelon.sampling.candidates import Chooser
 from echelon.train.checkpoint import Label
 from echelon.train.log import episode_rows
-from echelon.types import Episode, SamplingParams
-
+from echelon.types import Episode, Play, SamplingParams
 
 FOLDER = "model.path"
 """What a run directory or another model means that is named before the flags."""
@@ -49,7 +52,7 @@ class Config(PlayConfig):
     out: str = ""
     """Directory of the results; of a run that is evaluated, <run>/evaluation/step_000120_test or the like without it."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Who plays: a model folder, a run directory, a checkpoint or a hub id."""
+    """Who plays: a model folder, a run directory, a checkpoint or a hub id; of a run of tosca both levels."""
     label: Label = "auto"
     """Which model of a run: that of a step, the latest, or the best that it kept; auto is the best, or else the
     latest."""
@@ -79,6 +82,8 @@ class Config(PlayConfig):
     """Longest prompt, in tokens."""
     stop: tuple[str, ...] = ()
     """An utterance ends as soon as its text contains one of these."""
+    strategist: str = ""
+    """A run or folder of a strategist, which tells the model how to reply; a run of tosca has its own."""
     candidates: int = 0
     """The ranker of a rank run, or the critic of an ArCHer run, picks every utterance among this many; 1 lets the model
     say what it draws. 0 takes as many as a rank run was trained with, and 1 elsewhere."""
@@ -105,31 +110,37 @@ class Config(PlayConfig):
         demand(self, "label", at, "steps are counted from 0. Give one of those in <run>/checkpoints.")
 
 
+@dataclass(slots=True)
+class Players:
+    """Who plays, how, and what is known of every choice they made."""
+
+    play: Play
+    modules: dict[str, nn.Module]
+    roles: tuple[Role, ...] = ()
+    choices: Callable[[], Mapping[int, Mapping[str, Any]]] = dict
+    """What every step was chosen from, by the seed of its turn; nothing where nobody picked."""
+
+
 def main(cfg: Config) -> None:
     """Play, print a table, write the files."""
-    folder = model_path(cfg.model.path, label=cfg.label) if cfg.player == "model" else ""
+    folder = speaker(cfg.model.path, cfg.label) if cfg.player == "model" else ""
     out = results(cfg, Path(folder))
     check_out(out, overwrite=cfg.overwrite)
     env, rewards = open_tasks(cfg), open_rewards(cfg)
-    actor = open_player(cfg, folder) if cfg.player == "model" else None
-    set_threads(cfg.threads, actor.module if actor else None)
+    who = open_players(cfg, env, folder)
+    set_threads(cfg.threads, next(iter(who.modules.values()), None))
     if cfg.dry_run:
-        modules = {} if actor is None else {"actor": actor.module}
-        return describe(modules, tokens_per_step=cfg.episodes * cfg.max_turns * cfg.max_tokens if actor else 0)
+        return describe(who.modules, tokens_per_step=cfg.episodes * cfg.max_turns * cfg.max_tokens * bool(who.roles))
 
-    if actor is None:
-        play = scripted_loop(env.make, partial(make_player, env, cfg.player), name=cfg.player, max_turns=cfg.max_turns)
-    else:
-        play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
     tasks = env.tasks(cfg.split)
     chosen = [tasks[place % len(tasks)] for place in range(cfg.episodes)]
-    episodes = asyncio.run(collect(chosen, play, seed=cfg.seed, error_budget=cfg.error_budget))
+    episodes = asyncio.run(collect(chosen, who.play, seed=cfg.seed, error_budget=cfg.error_budget))
     rewards.add(episodes)
 
-    found = estimates(episodes, tokens=actor is not None)
+    found = estimates(episodes, tokens=bool(who.roles))
     Console().print(table(cfg, found))
-    decode = None if actor is None else {actor.role.name: actor.role.renderer.decode}
-    record = evaluation_record(episodes, offered(actor))
+    decode = {role.name: role.renderer.decode for role in who.roles} or None
+    record = evaluation_record(episodes, who.choices())
     write(out, cfg, found, episode_rows(episodes, decode=decode), record)
     if cfg.transitions:
         write_transitions(Path(cfg.transitions), transition_rows(episodes))
@@ -144,8 +155,12 @@ def results(cfg: Config, folder: Path) -> Path:
     return Path(cfg.out)
 
 
-def open_player(cfg: Config, folder: str) -> Actor:
-    """The model in a folder as it is evaluated: from a distribution that may be cut, or greedily."""
+def open_players(cfg: Config, env: EnvSpec, folder: str) -> Players:
+    """A script, the model in a folder, or the levels that it is one of, as they are evaluated: from a distribution that
+    may be cut, or greedily."""
+    if cfg.player != "model":
+        player = partial(make_player, env, cfg.player)
+        return Players(scripted_loop(env.make, player, name=cfg.player, max_turns=cfg.max_turns), {})
     params = SamplingParams(
         max_tokens=cfg.max_tokens,
         temperature=0.0 if cfg.greedy else cfg.temperature,
@@ -155,19 +170,35 @@ def open_player(cfg: Config, folder: str) -> Actor:
         stop=cfg.stop,
     )
     sampling = SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens)
-    return open_policy(folder, cfg.model, sampling, params, candidates=cfg.candidates)
+    if cfg.strategist or has_levels(Path(folder).parent):
+        return open_levels(cfg, env, folder, sampling, params)
+    actor = open_policy(folder, cfg.model, sampling, params, candidates=cfg.candidates)
+    chooser = actor.role.sampler if isinstance(actor.role.sampler, Chooser) else None
+
+    def choices() -> dict[int, dict[str, Any]]:
+        return {seed: step_record(offer) for seed, offer in (chooser.take() if chooser else {}).items()}
+
+    play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
+    return Players(play, {"actor": actor.module}, (actor.role,), choices)
 
 
-def offered(actor: Actor | None) -> dict[int, dict[str, Any]]:
-    """What every step was chosen from, by the seed of its turn; nothing where nobody picked."""
-    chooser = actor.role.sampler if actor else None
-    offers = chooser.take() if isinstance(chooser, Chooser) else {}
-    return {seed: step_record(offer) for seed, offer in offers.items()}
+def open_levels(cfg: Config, env: EnvSpec, folder: str, sampling: SamplingConfig, params: SamplingParams) -> Players:
+    """A strategist, who chooses what it values most, and the responder in a folder."""
+    demand(cfg, "transitions", not cfg.transitions, "two levels play, and its rows are those of one. Leave it out.")
+    who = open_dialogists(folder, model=cfg.model, sampling=sampling, params=params, env=env, strategist=cfg.strategist)
+
+    def choices() -> dict[int, dict[str, Any]]:
+        return {seed: choice_record(offer, who.inventory) for seed, offer in who.take().items()}
+
+    roles = (*([who.strategist] if who.strategist else []), who.responder)
+    modules = {RESPONDER: who.responder.sampler.module}  # type: ignore[attr-defined]
+    return Players(who.play(env.make, max_turns=cfg.max_turns), modules, roles, choices)
 
 
 def estimates(episodes: Sequence[Episode], *, tokens: bool) -> dict[str, Estimate]:
-    """What is reported: `summarise`, and the fraction that was cut off. A scripted player says no tokens to count."""
-    found = summarise(episodes)
+    """What is reported: `summarise`, and the fraction that was cut off. A scripted player says no tokens to count, and
+    a strategist's choice is no turn."""
+    found = summarise([replace(e, turns=[turn for turn in e.turns if turn.role != STRATEGIST]) for e in episodes])
     if not tokens:
         del found["length"]
     cut_off = [float(episode.ending == "truncated") for episode in episodes if episode.ending != "failed"]

@@ -20,6 +20,8 @@ from echelon.text.dialogue import DIMENSIONS, DialogueState, Inventory, responde
 from echelon.train.checkpoint import find_checkpoint
 from echelon.types import Episode, Message
 from tests.recipes.conftest import Train
+from tests.recipes.test_metric_names import unknown
+from tests.test_docs import CODE, columns
 
 INVENTORY = Inventory(("Sun", "Rain"))
 WORDS = ("bright", "wet")
@@ -300,3 +302,55 @@ def test_it_learns_from_every_reply_of_a_dialogue(train: Train, folder: Path) ->
         rows = train("responder", *flags, "--max-turns", 2, "--low.horizon", horizon, name=horizon).rows()
         assert rows[0]["low/policy/first_mismatch"] < 1e-4
         assert rows[0]["episode/turns"] > 1
+
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "algorithms" / "responder.md"
+TRAIN_PPO = """pretrain reward_pretrain critic_pretrain save_path ckpt_path save_steps max_ckpt_num max_ckpt_mem
+    logging_steps eval_steps num_episodes rollout_batch_size micro_rollout_batch_size micro_train_batch_size max_epochs
+    train_batch_size prompt_max_len generate_max_len max_len max_samples max_norm l2 ptx_coef pretrain_data
+    pretrain_data_probs ppl_coef intrinsic_reward_coef disable_dense_satisfaction_reward eps_clip value_clip lambd gamma
+    normalize_reward top_p top_k temperature freezing_actor_steps n_samples_per_prompt save_value_network
+    actor_learning_rate critic_learning_rate kl_target init_kl_coef enable_ema load_in_4bit lora_rank lora_alpha
+    lora_dropout target_modules value_head_prefix prompt_data prompt_data_probs input_key input_template
+    apply_chat_template bf16 flash_attn gradient_checkpointing seed zero_stage local_rank use_wandb wandb_org
+    wandb_project wandb_run_name"""
+"""Every flag of the script."""
+
+
+def rows_of_train_ppo() -> list[dict[str, str]]:
+    return [row for row, _ in columns(PAGE.read_text(encoding="utf-8"), "flag")]
+
+
+def mappings() -> list[str]:
+    cells = (row["here"] for row in rows_of_train_ppo() if not row["here"].startswith("gone"))
+    return [code for cell in cells for code in CODE.findall(cell) if code.startswith("--")]
+
+
+@pytest.mark.parametrize("flags", mappings())
+def test_every_mapping_from_train_ppo_parses(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("echelon.config.need", lambda module, extra: None)
+    needed = "--out r --model.path m --data.path d --strategies esconv --reward r.py:f"
+    needed += "" if "ptx" not in flags else " --ptx.path p --low.policy.ptx-coef 0.1"
+    needed += "" if "kl-target" not in flags else " --low.shaping.kl-coef 0.1"
+    load(Config, [], [*needed.split(), *flags.split()])
+
+
+def test_every_flag_of_train_ppo_has_a_row_with_an_answer() -> None:
+    listed = {code for row in rows_of_train_ppo() for code in CODE.findall(row["flag"])}
+    assert {f"--{flag}" for flag in TRAIN_PPO.split()} - listed == set()
+    for row in rows_of_train_ppo():
+        assert row["here"].startswith(("`--", "gone", "always", "not here")), row
+
+
+def test_the_settings_of_the_paper_are_what_the_pages_say() -> None:
+    cfg = load(Config, [ROOT / "configs/responder/paper.yaml"], ["--out", "r"])
+    assert (cfg.low.dense, cfg.low.surprisal, cfg.low.surprisal_coef) == ("literal", "raw", 0.01)
+    assert (cfg.low.shaping.kl_coef, cfg.low.gamma, cfg.low.lam) == (0.01, 1.0, 0.95)
+    assert (cfg.low.policy.optim.lr, cfg.low.value_optim.lr) == (9e-7, 9e-4)
+
+
+def test_the_page_about_logging_names_all_that_is_logged(train: Train, weather: list[str], folder: Path) -> None:
+    flags = [*weather, *SMALL, "--data.eval-fraction", 0.3, "--eval-every", 1, "--low.surprisal-coef", 0.1]
+    flags += ["--ptx.path", f"{folder}/talk.jsonl", "--low.policy.ptx-coef", 0.05, "--low.policy.kl-coef", 0.1]
+    assert unknown("responder", train("responder", *flags, "--low.self-likelihood-coef", 0.1)) == set()

@@ -32,6 +32,7 @@ FEWER = {
     "merge": [],
     "ppo": [*PLAYS, "--episodes-per-step", "4", "--warmup-steps", "0", "--value-epochs", "1"],
     "rank": [*PLAYS, "--episodes-per-step", "2", "--warmup-steps", "0"],
+    "responder": [*PLAYS, "--episodes-per-step", "4", "--eval-every", "0", "--low.warmup-steps", "0"],
     "reward": STAGE,
     "sft": STAGE,
     "strategist": STAGE,
@@ -45,6 +46,9 @@ ALSO = {
     **{
         f"strategist/{name}.yaml": ["--model.path", "models/base", "--model.dtype", "float32"]
         for name in ("esconv", "daily_dialog", "imitation")
+    },
+    **{
+        f"responder/{name}.yaml": ["--sampling.max-tokens", "8", "--model.dtype", "float32"] for name in ("esconv", "paper")
     },
     "rank/recurve.yaml": ["--sampling.max-tokens", "8", "--model.path", "models/base"],
 }
@@ -67,6 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "runs/quickstart/tiny",
         "runs/best_language/sft",
         "runs/text_lock/sft",
+        "runs/dialogue/sft",
     )
     for place in also:
         shutil.copytree(folder / "runs/tiny", folder / place)
@@ -130,4 +135,4 @@ def test_a_settings_file_runs_as_it_stands(file: Path, folder: Path, tmp_path: P
         assert (out / "summary.json").is_file()
     else:
         assert (out / "metrics.jsonl").read_text().count("\n") >= 1
-        assert find_checkpoint(out, recipe if recipe in ("reward", "strategist") else "actor")
+        assert find_checkpoint(out, recipe if recipe in ("reward", "strategist", "responder") else "actor")

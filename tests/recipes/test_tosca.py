@@ -30,7 +30,9 @@ from echelon.train.strategy import Upper
 from echelon.types import Episode, SamplingParams, Task, Turn
 from tests.recipes.conftest import Run, Train
 from tests.recipes.talk import Talk
+from tests.test_docs import CODE, columns
 
+PAGE = Path(__file__).parents[2] / "docs" / "algorithms" / "tosca.md"
 ENV = "tests.recipes.talk:Talk"
 FEW = ["--env", ENV, "--steps", "4", "--episodes-per-step", "6", "--max-turns", "4", "--upper-updates", "2"]
 FEW += ["--upper-batch", "8", "--upper.target-every", "3", "--sampling.max-tokens", "6", "--sampling.max-prompt-tokens"]
@@ -461,3 +463,37 @@ def test_settings_that_cannot_work_are_explained(flags: list[str], message: str)
 def test_a_dialogue_needs_an_environment() -> None:
     with pytest.raises(ConfigError, match="env is missing"):
         load(Config, [], ["--out", "x", "--responder.path", "x"])
+
+
+TRAIN_HRL = """hrl_mode reward_share_weight upper_pretrain lower_pretrain reward_pretrain critic_pretrain prompt_data
+    dataset upper_save_path lower_save_path upper_learning_rate upper_max_epochs lower_actor_lr lower_critic_lr ppl_coef
+    num_episodes seed zero_stage bf16 flash_attn local_rank lora_rank lora_alpha use_wandb wandb_org wandb_project
+    wandb_run_name"""
+
+
+def rows_of_train_hrl() -> list[str]:
+    """Flags for everything in the table for those who come from ToSCA."""
+    part = PAGE.read_text(encoding="utf-8").partition("### `train_hrl`")[2]
+    cells = [row["here"] for row, _ in columns(part, "here")]
+    return [code for cell in cells for code in CODE.findall(cell) if code.startswith("--")]
+
+
+@pytest.mark.parametrize("flags", rows_of_train_hrl())
+def test_every_mapping_from_train_hrl_parses(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("echelon.config.need", lambda module, extra: None)
+    needed = {"--out": "r", "--responder.path": "m", "--env": "dialogue"}
+    words = [word for pair in needed.items() if pair[0] not in flags.split() for word in pair]
+    load(Config, [], [*words, *flags.split()])
+
+
+def test_every_flag_of_train_hrl_has_a_row() -> None:
+    part = PAGE.read_text(encoding="utf-8").partition("### `train_hrl`")[2]
+    listed = {code.split()[0] for row, _ in columns(part, "flag") for code in CODE.findall(row["flag"])}
+    assert {f"--{flag}" for flag in TRAIN_HRL.split()} - listed == set()
+
+
+def test_every_defect_of_the_originals_has_a_test() -> None:
+    text = PAGE.read_text(encoding="utf-8").partition("## What the originals get wrong")[2]
+    rows = [row for row, _ in columns(text.partition("## ")[0], "test")]
+    assert [row[""] for row in rows] == [str(number) for number in range(1, 17)]
+    assert all(CODE.findall(row["test"]) for row in rows)
