@@ -57,8 +57,8 @@ class Task:
 
 
 TASKS = {
-    "text_lock_12": Task("Text lock, 12 doors", "text_lock", {"doors": 12}, 4, 2048, 256, 512, guess=False, gamma=0.0),
-    "text_lock_24": Task("Text lock, 24 doors", "text_lock", {"doors": 24}, 4, 1536, 192, 256, guess=False, gamma=0.0),
+    "text_lock_12": Task("Text lock, 12 doors", "text_lock", {"doors": 12}, 4, 2048, 384, 512, guess=False, gamma=0.0),
+    "text_lock_24": Task("Text lock, 24 doors", "text_lock", {"doors": 24}, 4, 1536, 256, 256, guess=False, gamma=0.0),
     "twenty_questions": Task(
         "Twenty Questions, ten things", "twenty_questions", {"subset": True}, 12, 3072, 1024, 1024
     ),
@@ -90,8 +90,6 @@ class Method:
     """Whether it learns from recorded episodes instead of playing."""
     discounts: bool = False
     """Whether it discounts turns."""
-    critic: bool = False
-    """Whether a critic is trained that starts as the model before its warm start."""
 
 
 def rates(name: str, *values: float, **more: Any) -> tuple[Settings, ...]:
@@ -102,6 +100,8 @@ def rates(name: str, *values: float, **more: Any) -> tuple[Settings, ...]:
 GROUPS = {"tasks_per_step": 4, "group_size": 8, "policy": {"epochs": 4}}
 PPO = {"episodes_per_step": 32, "warmup_steps": 4, "value_optim": {"lr": 1e-3}, "value_epochs": 4}
 POLICY = (3e-4, 1e-3, 3e-3)
+CRITIC = (1e-3, 2e-3, 3e-3)
+"""Learning rates that are tried."""
 
 METHODS = {
     "filtered_bc": Method(
@@ -121,7 +121,7 @@ METHODS = {
         },
         rates("policy.optim.lr", *POLICY),
     ),
-    "grpo": Method("GRPO", "grpo", GROUPS, rates("policy.optim.lr", *POLICY)),
+    "grpo": Method("GRPO", "grpo", {**GROUPS, "tasks_per_step": 8}, rates("policy.optim.lr", *POLICY)),
     "grpo_turn": Method(
         "GRPO, credit per turn", "grpo", {**GROUPS, "credit": "turn"}, rates("policy.optim.lr", *POLICY), discounts=True
     ),
@@ -137,26 +137,39 @@ METHODS = {
         "ArCHer",
         "archer",
         {
-            "episodes_per_step": 64,
-            "replay_capacity": 16000,
-            "critic_updates": 24,
+            "critic_path": "tiny",
+            "episodes_per_step": 32,
+            "replay_capacity": 100000,
+            "critic_updates": 16,
             "critic_episodes": 16,
             "value_actions": "replayed",
             "critic_optim": {"lr": 2e-3},
-            "warmup_steps": 8,
-            "candidates": 4,
+            "warmup_steps": 4,
+            "candidates": 8,
             "actor_episodes": 48,
-            "policy": {"loss": "clipped", "entropy_coef": 0.02, "kl_coef": 0.02},
+            "policy": {"loss": "clipped", "entropy_coef": 0.02, "kl_coef": 0.02, "optim": {"lr": 3e-4}},
         },
-        rates("policy.optim.lr", *POLICY),
+        rates("critic_optim.lr", *CRITIC),
+        by_env={
+            "text_lock": {
+                "critic_path": "",
+                "episodes_per_step": 16,
+                "warmup_steps": 2,
+                "critic_updates": 40,
+                "critic_episodes": 12,
+                "critic_optim": {"weight_decay": 0.3},
+                "candidates": 32,
+                "freeze_actor": True,
+            },
+        },
         flat=False,
         discounts=True,
-        critic=True,
     ),
     "offline_iql_awr": Method(
         "off-line IQL + AWR",
         "archer",
         {
+            "critic_path": "tiny",
             "steps": 40,
             "warmup_steps": 10,
             "critic_updates": 16,
@@ -168,27 +181,36 @@ METHODS = {
             "policy": {"loss": "awr", "awr_beta": 1},
         },
         rates("policy.optim.lr", *POLICY),
+        by_env={"text_lock": {"critic_path": "", "critic_optim": {"lr": 2e-3, "weight_decay": 0.3}}},
         flat=False,
         offline=True,
         discounts=True,
-        critic=True,
     ),
     "rank": Method(
         "rank",
         "rank",
         {
+            "ranker_path": "tiny",
             "episodes_per_step": 32,
             "candidates": 8,
-            "ranker_updates": 16,
-            "ranker_optim": {"lr": 2e-3},
+            "ranker_updates": 8,
             "target_every": 50,
             "warmup_steps": 8,
             "policy": {"epochs": 2, "kl_coef": 0.02},
         },
-        rates("policy.optim.lr", *POLICY),
+        rates("ranker_optim.lr", *CRITIC),
+        by_env={
+            "text_lock": {
+                "ranker_path": "",
+                "episodes_per_step": 16,
+                "candidates": 32,
+                "ranker_updates": 16,
+                "ranker_optim": {"weight_decay": 0.3},
+                "generator": "frozen",
+            },
+        },
         flat=False,
         discounts=True,
-        critic=True,
     ),
 }
 
@@ -206,8 +228,10 @@ class Size:
     """Recorded episodes; 0 takes the task's."""
     test_games: int = 100
     """Of every checkpoint."""
-    final_games: int = 300
-    """Of the last one."""
+    picked_games: int = 40
+    """The same where every utterance is picked among several, and a game costs as many times more."""
+    final_times: int = 3
+    """How many times as many games the last checkpoint plays."""
     checkpoints: int = 8
     """Tests of a run, at equal distances."""
     chance_rounds: int = 20
@@ -222,7 +246,8 @@ QUICK = Size(
     episodes=0.0,
     recorded=16,
     test_games=4,
-    final_games=4,
+    picked_games=4,
+    final_times=1,
     checkpoints=2,
     chance_rounds=1,
     cut={
@@ -302,8 +327,9 @@ def run_settings(
     settings["steps"] = between * size.checkpoints
     if method.discounts:
         settings["gamma"] = task.gamma
-    if method.critic:
-        settings["ranker_path" if method.recipe == "rank" else "critic_path"] = str(start / "tiny")
+    for name in ("critic_path", "ranker_path"):
+        if settings.get(name) == "tiny":  # before its warm start, or else the actor itself
+            settings[name] = str(start / "tiny")
     for name, value in point.items():
         settings = put(settings, name.split("."), value)
     # Every test is of a checkpoint, so all of them stay.

@@ -166,7 +166,9 @@ def job(args: Args, name: str, out: Path, *, kind: str, **more: Any) -> Job:
         },
     }
     what = {"kind": kind, "task": args.task, "quick": args.quick, "out": str(out), "tests": tests, **more}
-    what |= {"games": size.test_games, "final_games": size.final_games}
+    picks = more.get("candidates", 1) > 1
+    what |= {"games": size.picked_games if picks else size.test_games}
+    what["final_games"] = what["games"] * size.final_times
     what = json.loads(json.dumps(what))
     path = out / "job.json"
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != what:

@@ -8,8 +8,9 @@ All variants begin as the same tiny responder, which has imitated replies that f
 play the same number of dialogues with a user who can be helped only in the order its hidden need asks for. `joint` is
 the loop; `random` chooses strategies by chance; `alone` has no strategies at all; `sequential` lets the responder learn
 first and then the strategist, as the published code did; `gamma_0` is joint with a strategist that looks no further
-than the next answer. Every run is a process of its own on one thread. Curves are of test users that nobody has met in
-training, strategies as Q likes them best; episodes on the axis are dialogues of training.
+than the next answer; `alone_far` has no strategies and a responder that answers for the rest of the dialogue. Every
+run is a process of its own on one thread. Curves are of test users that nobody has met in training, strategies as Q
+likes them best; episodes on the axis are dialogues of training.
 
 OUT/tosca.json has everything, OUT/tosca_return.png and OUT/tosca_solved.png the curves, OUT/tosca.md the table; the
 last line is JSON: `ratio` is the final return of joint over that of the best other variant, medians over seeds.
@@ -19,14 +20,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
-import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -45,14 +48,15 @@ LEARNS: dict[str, object] = {
     "sampling.max-tokens": 20,
     "max-turns": 10,
     "episodes-per-step": 16,
-    "upper-updates": 4,
-    "upper-batch": 32,
-    "lower.policy.optim.lr": 3e-4,
-    "lower.policy.minibatches": 2,
-    "lower.value-optim.lr": 1e-3,
-    "eval-every": 5,
-    "eval-episodes": 72,
-    "save-every": 10,
+    "epsilon": 0.6,
+    "high-updates": 4,
+    "high-batch": 32,
+    "low.policy.optim.lr": 3e-4,
+    "low.policy.minibatches": 2,
+    "low.value-optim.lr": 1e-3,
+    "eval-every": 8,
+    "eval-episodes": 36,
+    "save-every": 8,
     "threads": 1,
 }
 """What all runs are told."""
@@ -61,7 +65,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "sequential": {"mode": "sequential"},
     "random": {"choose": "random", "mode": "lower"},
     "alone": {"choose": "none", "mode": "lower"},
-    "gamma_0": {"upper.gamma": 0},
+    "gamma_0": {"high.gamma": 0},
+    "alone_far": {"choose": "none", "mode": "lower", "low.horizon": "episode"},
 }
 """What each is told besides; the first is what the others are compared with."""
 TITLES = {
@@ -70,6 +75,7 @@ TITLES = {
     "random": "random strategies",
     "alone": "responder alone",
     "gamma_0": "joint, γ = 0",
+    "alone_far": "responder alone, credit over turns",
 }
 COLORS = {
     "joint": "tab:blue",
@@ -77,6 +83,7 @@ COLORS = {
     "random": "tab:green",
     "alone": "tab:brown",
     "gamma_0": "tab:red",
+    "alone_far": "tab:pink",
 }
 MEASURES = {"return": "reward/mean", "solved": "dialogue/win", "satisfaction": "dialogue/satisfaction"}
 """What is told of an evaluation, and what it is called in metrics.jsonl behind "eval/"."""
@@ -92,7 +99,7 @@ class Args:
     """Where runs, numbers and pictures go."""
     seeds: int = 5
     """Runs of each variant."""
-    steps: int = 40
+    steps: int = 32
     """Training steps of each run, of 16 dialogues."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Variants to run; all of them unless told."""
@@ -128,10 +135,11 @@ def make_start(args: Args) -> None:
         return
     shutil.rmtree(start, ignore_errors=True)
     few = ["--dialogues", "60", "--copying-steps", "5"] if args.quick else ["--hidden", "64"]
-    command(["examples/dialogue.py", "--strategies", STRATEGIES, "--out", str(start), *few], args.out / "start.log")
+    words = [str(ROOT / "examples" / "dialogue.py"), "--strategies", STRATEGIES, "--out", str(start), *few]
+    subprocess.run([sys.executable, *words], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     learns = {"data.path": start / "replies.jsonl", "rows-per-step": 64, "epochs": 1 if args.quick else 3}
     learns |= {"optim.lr": 5e-3, "optim.schedule": "linear", "save-every": 0, "threads": 1}
-    words = ["-m", "echelon", "sft", "--model.path", str(start / "tiny"), "--out", str(start / "responder")]
+    words = ["sft", "--model.path", str(start / "tiny"), "--out", str(start / "responder")]
     command([*words, *flags(learns)], args.out / "start.log")
     done.touch()
 
@@ -143,9 +151,9 @@ def run(args: Args, variant: str, seed: int) -> None:
         return
     told = {**LEARNS, **VARIANTS[variant], "steps": args.steps, "seed": seed}
     if args.quick:
-        told |= {"episodes-per-step": 2, "eval-every": 1, "eval-episodes": 2, "upper-updates": 1, "max-turns": 2}
+        told |= {"episodes-per-step": 2, "eval-every": 1, "eval-episodes": 2, "high-updates": 1, "max-turns": 2}
     begun = any((out / "checkpoints").glob("step_*")) if out.exists() else False
-    words = ["-m", "echelon", "tosca", "--responder.path", str(args.out / "start" / "responder"), "--out", str(out)]
+    words = ["tosca", "--responder.path", str(args.out / "start" / "responder"), "--out", str(out)]
     words += ["--env-settings", f"strategies={STRATEGIES}", *flags(told), *(["--resume"] if begun else [])]
     print(f"{variant}, seed {seed}", file=sys.stderr, flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -163,17 +171,32 @@ def flags(settings: Mapping[str, object]) -> list[str]:
 
 
 def command(words: Sequence[str], log: Path) -> float:
-    """Run a command of Python on one thread, its output into a file; the CPU seconds it took."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Run a recipe in a process of its own, its output into a file; the CPU seconds it took.
+
+    The process is forked from one that has imported everything, which takes longer than some of the runs.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["echelon.recipes.tosca", "echelon.recipes.sft", "echelon.models.lm"])
+    receives, sends = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(list(words), log, sends))
+    process.start()
+    sends.close()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"echelon {' '.join(words)} ended with {process.exitcode}; see {log}")
+    return float(receives.recv())
+
+
+def work(words: list[str], log: Path, sends: Connection) -> None:
+    """What a process of its own does: one command, on one thread."""
+    from echelon import cli
+
     with log.open("a", encoding="utf-8") as file:
-        if words[0].endswith(".py"):
-            words = [str(ROOT / words[0]), *words[1:]]
-        done = subprocess.run([sys.executable, *words], stdout=file, stderr=file, env=environment, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(words)} ended with {done.returncode}; see {log}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    status = cli.main(words)
+    sends.send(time.process_time())
+    sys.exit(status)
 
 
 def report(args: Args) -> dict[str, Any]:

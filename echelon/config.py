@@ -301,9 +301,11 @@ class PlayConfig(CommandConfig):
     """Prompts to answer once each, in place of an environment."""
     reward: tuple[str, ...] = ()
     """What completions earn, on top of what the environment gives: path.py:function, module:function, the folder of a
-    reward model, or code, which runs the program in them against the tests of the row."""
+    reward model, or a check: math, number, choice or exact by the row's answer, code by its tests, or a judge."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward; without it all weigh 1."""
+    judge: Settings = field(default_factory=dict)
+    """The endpoint that judges answers, where `reward` names judge: url, model, and more."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -312,8 +314,12 @@ class PlayConfig(CommandConfig):
                 "env is missing: nothing says what to do. Give --env, or --data.path with prompts and --reward."
             )
         demand(self, "env", not (self.env and self.data.path), "data.path gives tasks too. Keep one of the two.")
-        because = "nothing says what an answer is worth. Give path.py:function, a reward model's folder, or code."
+        because = "nothing says what an answer is worth. Give math, code, path.py:function, or a reward model's folder."
         demand(self, "reward", bool(self.reward or self.env), because)
+        because = "reward names a judge and nothing says where. Give url=… model=…."
+        demand(self, "judge", "judge" not in self.reward or bool(self.judge), because)
+        because = "nobody is asked to judge. Add judge to reward."
+        demand(self, "judge", "judge" in self.reward or not self.judge, because)
         fits = not self.reward_weights or len(self.reward_weights) == len(self.reward)
         demand(self, "reward_weights", fits, f"rewards: {len(self.reward)}. Give one weight for each, or none.")
         finite = all(math.isfinite(weight) for weight in self.reward_weights)

@@ -1,7 +1,7 @@
 """What the strategy level starts from, made in a minute: a tiny model, replies to imitate, and decisions to learn from.
 
 python examples/dialogue.py --out runs/dialogue
-echelon sft --model.path runs/dialogue/tiny --data.path runs/dialogue/replies.jsonl --out runs/dialogue/responder \\
+echelon sft --model.path runs/dialogue/tiny --data.path runs/dialogue/replies.jsonl --out runs/dialogue/sft \\
     --epochs 4 --optim.lr 3e-3 --optim.warmup-steps 20 --optim.schedule cosine
 
 The replies follow a strategy only partly, and name what the user talks of only partly: a responder that imitates

@@ -50,7 +50,7 @@ class Config(PlayConfig):
     """Settings of an evaluation."""
 
     out: str = ""
-    """Directory of the results; of a run that is evaluated, <run>/evaluation/step_000120_test or the like without it."""
+    """Directory of the results; without it, of a run, one in it such as <run>/evaluation/step_000120_test."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Who plays: a model folder, a run directory, a checkpoint or a hub id; of a run of tosca both levels."""
     label: Label = "auto"

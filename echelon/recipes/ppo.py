@@ -159,8 +159,6 @@ def main(cfg: Config) -> None:
     learn = partial(update_policy, policy, settings=cfg.policy, temperature=temperature, tokens_per_pass=tokens)
     ptx = ptx_batches(cfg.ptx, actor, rows=cfg.ptx_rows, seed=cfg.seed)
     learn = partial(learn, reference=None, ptx=ptx)  # `compare` has asked the reference
-    fit_value = partial(update_value, value, epochs=cfg.value_epochs, minibatches=cfg.value_minibatches)
-    fit_value = partial(fit_value, clip=cfg.value_clip, tokens_per_pass=tokens)
     play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
     out = Path(cfg.out)
     with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
@@ -183,7 +181,7 @@ def main(cfg: Config) -> None:
                     online.start_at(mean_return(cfg, batch, played, rewards_BT))
                 columns, judged = judge(cfg, value, batch, played, rewards_BT)
 
-                learned = fit_value(batch, read_BT=valued(cfg, batch), seed=seed)
+                learned = fit_value(cfg, value, batch, seed=seed)
                 if step >= cfg.warmup_steps:
                     learned |= learn(batch, seed=seed)
                     shaper.adapt(shaped, episodes=len(played))
@@ -295,6 +293,20 @@ def valued(cfg: Config, batch: Batch) -> Bool[Tensor, "B T"]:
     first_BT = torch.zeros_like(batch.mask)
     first_BT[batch.row_N, batch.first_N] = True
     return first_BT
+
+
+def fit_value(cfg: Config, value: Learner, batch: Batch, *, seed: int) -> dict[str, float]:
+    """Fit the value model to the returns, where it is read."""
+    return update_value(
+        value,
+        batch,
+        read_BT=valued(cfg, batch),
+        epochs=cfg.value_epochs,
+        minibatches=cfg.value_minibatches,
+        clip=cfg.value_clip,
+        tokens_per_pass=cfg.tokens_per_pass,
+        seed=seed,
+    )
 
 
 def after_rows(

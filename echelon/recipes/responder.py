@@ -38,10 +38,11 @@ from echelon.errors import ConfigError
 from echelon.rollout.dialogue import RESPONDER, STRATEGIST, env_inventory, named, strategy_loop
 from echelon.rollout.evaluate import rollout_metrics
 from echelon.rollout.learners import open_value, ptx_batches
+from echelon.rollout.levels import responder_path
 from echelon.rollout.rewards import Rewards, open_rewards
 from echelon.rollout.roles import Role, collect
 from echelon.rollout.setup import Actor, describe, open_actor, open_env, set_threads, task_batch
-from echelon.rollout.told import open_states, open_strategist, teller, told_loop
+from echelon.rollout.told import is_strategist, open_states, open_strategist, teller, told_loop
 from echelon.seeds import derive_seed
 from echelon.text.dialogue import Inventory
 from echelon.text.dialogue import inventory as inventory_of
@@ -115,8 +116,7 @@ class Config(TaskConfig):
         demand(self, "eval_every", self.eval_every >= 0, "it counts steps. Give 0 to evaluate nothing.")
         told = self.strategist != "data" or bool(self.data.path)
         demand(self, "strategist", told, "an environment has no rows that name one. Give random, or data.path.")
-        folder = Path(self.strategist).is_dir() if self.strategist else False
-        known = not self.data.path or bool(self.strategies) or folder
+        known = not self.data.path or bool(self.strategies) or is_strategist(self.strategist)
         demand(self, "strategies", known, "nothing says what the rows choose from. Give esconv, or list their names.")
         judged = JUDGE not in self.reward or bool(self.judge)
         demand(self, "judge", judged, "reward names a judge and nothing says where. Give url=… model=….")
@@ -143,7 +143,8 @@ class World:
 
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, metrics.jsonl and episodes.jsonl."""
-    actor = open_actor(cfg.model, cfg.sampling, lora=cfg.lora, name=RESPONDER)
+    model = replace(cfg.model, path=responder_path(cfg.model.path))
+    actor = open_actor(model, cfg.sampling, lora=cfg.lora, name=RESPONDER)
     world = open_world(cfg, actor.role)
     set_threads(cfg.threads, actor.module)
     lower = open_lower(cfg, actor)
@@ -186,7 +187,7 @@ def open_world(cfg: Config, responder: Role) -> World:
     source = cfg.strategist or ("data" if cfg.data.path else "random")
     env = open_env(cfg.env, cfg.env_settings, trust_code=cfg.trust_task_code) if cfg.env else None
     strategist = None
-    if Path(source).is_dir():
+    if is_strategist(source):
         epsilon = cfg.strategist_epsilon
         strategist, found = open_strategist(source, cfg.model, cfg.sampling, epsilon=epsilon)
         inventory = same_strategies(cfg, found)

@@ -106,11 +106,11 @@ class Config(TaskConfig):
     """Q is divided by it (pick = softmax)."""
     reward_share_weight: float = 0.0
     """How much each level's reward counts for the other: r_L + w·A_H at a reply's last token, and r_H + w·mean r_L."""
-    upper: StrategyConfig = field(default_factory=StrategyConfig)
+    high: StrategyConfig = field(default_factory=StrategyConfig)
     """How the strategist learns."""
-    upper_updates: int = 8
+    high_updates: int = 8
     """Optimizer steps of the strategist per step."""
-    upper_batch: int = 64
+    high_batch: int = 64
     """Decisions per optimizer step of the strategist."""
     replay_capacity: int = 10_000
     """Decisions kept."""
@@ -120,12 +120,12 @@ class Config(TaskConfig):
     """How their columns are called."""
     offline_fraction: float = 0.5
     """Part of the strategist's decisions that are recorded ones (offline.path)."""
-    lower: ResponderConfig = field(default_factory=ResponderConfig)
+    low: ResponderConfig = field(default_factory=ResponderConfig)
     """How the responder learns."""
     value_path: str = ""
     """What the value model starts as: a reward model or a language model. Empty: the responder."""
     ptx: DataConfig = field(default_factory=DataConfig)
-    """Conversations whose answers the responder goes on learning to say, weighted by lower.policy.ptx_coef."""
+    """Conversations whose answers the responder goes on learning to say, weighted by low.policy.ptx_coef."""
     ptx_rows: int = 8
     """Conversations that join each optimizer step of the responder."""
     eval_every: int = 0
@@ -139,7 +139,7 @@ class Config(TaskConfig):
         super().__post_init__()
         require(self, "responder.path")
         demand(self, "env", bool(self.env), "a dialogue needs a user who answers. Give --env dialogue, or your own.")
-        counts = ("steps", "episodes_per_step", "max_turns", "upper_updates", "upper_batch", "replay_capacity")
+        counts = ("steps", "episodes_per_step", "max_turns", "high_updates", "high_batch", "replay_capacity")
         for name in (*counts, "ptx_rows", "eval_episodes", "tokens_per_pass"):
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the dialogues. Give 0 to 0.99.")
@@ -163,20 +163,20 @@ class Config(TaskConfig):
         demand(self, "reward_share_weight", both, because)
         exchange = not (self.reward_share_weight and self.mode == "sequential")
         demand(self, "reward_share_weight", exchange, "mode = sequential exchanges nothing. Give 0, or another mode.")
-        kept = not (self.reward_share_weight and self.lower.shaping.whiten)
-        because = "lower.shaping.whiten would take out again what is shared. Leave one of the two out."
+        kept = not (self.reward_share_weight and self.low.shaping.whiten)
+        because = "low.shaping.whiten would take out again what is shared. Leave one of the two out."
         demand(self, "reward_share_weight", kept, because)
         two = not self.shared or self.choose == "learned"
         demand(self, "shared", two, f"choose = {self.choose}, so there is one level only. Leave shared out.")
 
     def _check_blocks(self) -> None:
-        many = self.lower.policy.minibatches <= self.episodes_per_step
+        many = self.low.policy.minibatches <= self.episodes_per_step
         because = f"some would have none of a step's {self.episodes_per_step} dialogues. Give that many, or fewer."
-        demand(self, "lower.policy.minibatches", many, because)
-        used = not self.ptx.path or self.lower.policy.ptx_coef > 0
-        demand(self, "ptx.path", used, "these rows would count nothing. Give lower.policy.ptx_coef a weight.")
-        there = not self.lower.policy.ptx_coef or bool(self.ptx.path)
-        demand(self, "lower.policy.ptx_coef", there, "there is nothing to weigh. Give ptx.path the conversations.")
+        demand(self, "low.policy.minibatches", many, because)
+        used = not self.ptx.path or self.low.policy.ptx_coef > 0
+        demand(self, "ptx.path", used, "these rows would count nothing. Give low.policy.ptx_coef a weight.")
+        there = not self.low.policy.ptx_coef or bool(self.ptx.path)
+        demand(self, "low.policy.ptx_coef", there, "there is nothing to weigh. Give ptx.path the conversations.")
         plain = not (self.shared and self.lora.modules_to_save)
         because = "with shared = true there is one of each layer, so no level can train it in full. Leave it out."
         demand(self, "lora.modules_to_save", plain, because)
@@ -311,10 +311,10 @@ def open_both(cfg: Config, env: EnvSpec) -> Levels:
 
 def open_upper(cfg: Config, actor: Actor, strategies: Inventory, reading: Reading | None) -> Upper:
     """The strategist's learner; one that another run taught is read as it was there."""
-    updates = cfg.upper_updates * sum(learns(cfg, step)[0] for step in range(cfg.steps))
+    updates = cfg.high_updates * sum(learns(cfg, step)[0] for step in range(cfg.steps))
     return Upper(
         actor.module,
-        cfg.upper,
+        cfg.high,
         strategies,
         spelled(actor.role, strategies),
         reading=reading,
@@ -327,7 +327,7 @@ def open_upper(cfg: Config, actor: Actor, strategies: Inventory, reading: Readin
 def open_lower(cfg: Config, actor: Actor) -> Lower:
     """The responder's learner, its value model, and the policy it began as."""
     return Lower(
-        cfg.lower,
+        cfg.low,
         actor.module,
         open_value(actor, cfg.value_path, model=cfg.responder, lora=cfg.lora, seed=cfg.seed),
         tokenizer=actor.tokenizer,
@@ -425,20 +425,20 @@ def remember(
 
 def centre(cfg: Config, upper: Upper, found: Sequence[Choice]) -> None:
     """Have Q start around what these decisions return if it goes on like this, not around what logits happen to be."""
-    if cfg.upper.centre and cfg.upper.score == "logit":
+    if cfg.high.centre and cfg.high.score == "logit":
         follows = sum(not choice.terminated for choice in found) / len(found)
         mean = sum(choice.reward for choice in found) / len(found)
-        upper.start_at(going_on(mean, follows, gamma=cfg.upper.gamma), [choice.options for choice in found[:64]])
+        upper.start_at(going_on(mean, follows, gamma=cfg.high.gamma), [choice.options for choice in found[:64]])
 
 
 def update_upper(cfg: Config, step: int, levels: Levels) -> dict[str, float]:
     """The optimizer steps of the strategist, on decisions from the replay and, if there are any, recorded ones."""
     assert levels.upper is not None, "somebody chooses"
     logged = []
-    for update in range(cfg.upper_updates):
+    for update in range(cfg.high_updates):
         seed = derive_seed(cfg.seed, STRATEGIST, step, update)
-        recorded = round(cfg.offline_fraction * cfg.upper_batch) if levels.recorded else 0
-        drawn = levels.replay.sample(cfg.upper_batch - recorded, seed=seed)
+        recorded = round(cfg.offline_fraction * cfg.high_batch) if levels.recorded else 0
+        drawn = levels.replay.sample(cfg.high_batch - recorded, seed=seed)
         picks = np.random.Generator(np.random.Philox(derive_seed(seed, "recorded")))
         drawn += [levels.recorded[place] for place in picks.integers(max(1, len(levels.recorded)), size=recorded)]
         logged.append(levels.upper.update(drawn))

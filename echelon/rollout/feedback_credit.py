@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -66,8 +66,10 @@ class CreditConfig:
 class Tree:
     """All turns of some episodes, one after the other, and how they hang together."""
 
+    episodes: list[Episode]
     turns: list[Turn]
     episode_N: Int[Tensor, "N"]
+    """Which episode each turn belongs to."""
     parent_N: Int[Tensor, "N"]
     """Place of the turn that a turn answers, -1 for none."""
     before_N: Int[Tensor, "N"]
@@ -119,6 +121,7 @@ def lay_tree(episodes: Sequence[Episode]) -> Tree:
     parent_N = torch.tensor(parents, dtype=torch.long)
     solver_N = torch.tensor([turn.role == SOLVER for turn in turns], dtype=torch.bool)
     return Tree(
+        episodes=list(episodes),
         turns=turns,
         episode_N=torch.tensor(owner, dtype=torch.long),
         parent_N=parent_N,
@@ -163,6 +166,11 @@ def credits(
     return value_N - kl_cost(cfg, tree, kl_N)
 
 
+def verdicts(cfg: CreditConfig, tree: Tree) -> Float[Tensor, "N"]:
+    """What each turn is worth by what attempts were judged to be worth alone: no KL, no gain, no best response."""
+    return credits(replace(cfg, gap=0.0, utilisation=0.0, kl_first=0.0, kl_refine=0.0, kl_feedback=0.0), tree)
+
+
 def followed_by(cfg: CreditConfig, tree: Tree, own_N: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
     """The mean of what the attempts right after each turn are worth, less the bonus for progress, which is theirs."""
     bonus_N = (1 + cfg.gap) * cfg.progress * torch.where(tree.before_N >= 0, tree.gained_N, 0.0)
@@ -195,12 +203,16 @@ def needed(x_N: Float[Tensor, "N"] | None, setting: str, what: str) -> Float[Ten
 
 
 def described(tree: Tree) -> dict[str, float]:
-    """How often attempts are right, by round, and what became of right and of wrong ones. Right is more than half."""
-    metrics: dict[str, float] = {}
+    """How often attempts are right, by round, and what became of right and of wrong ones. Right is more than half of a
+    score of 1. `reward/mean` is the mean score of the last attempts: what the run is about."""
     right_N, rounds_N = tree.score_N > 0.5, rounds(tree)
-    for number in range(1, int(rounds_N.max()) + 1):
+    last = int(rounds_N.max())
+    last_N = tree.score_N[tree.solver_N & (rounds_N == last)]
+    metrics = {"reward/mean": float(last_N.mean()), "reward/std": float(last_N.std(correction=0))}
+    for number in range(1, last + 1):
         here_N = tree.solver_N & (rounds_N == number)
-        metrics[f"accuracy/turn{number}"] = float(tree.score_N[here_N].mean())
+        metrics[f"accuracy/turn{number}"] = float(right_N[here_N].float().mean())
+        metrics[f"score/turn{number}"] = float(tree.score_N[here_N].mean())
     again_N = tree.solver_N & (tree.before_N >= 0)
     if again_N.any():
         was_N = right_N[tree.before_N.clamp(min=0)]

@@ -14,6 +14,7 @@ from torch import nn
 
 from echelon.config import LoraConfig, ModelConfig, SamplingConfig
 from echelon.envs import EnvSpec, load_env
+from echelon.envs.registry import BUILT_IN
 from echelon.errors import CheckpointError, ConfigError, DataError
 from echelon.models import lora as adapters
 from echelon.models.lm import load_lm, load_tokenizer
@@ -27,7 +28,7 @@ from echelon.rollout.told import open_strategist
 from echelon.sampling.choices import Pick, RandomStrategist, Strategist, option_score
 from echelon.sampling.local import LocalSampler
 from echelon.text.chat import Renderer
-from echelon.text.dialogue import Inventory
+from echelon.text.dialogue import INVENTORIES, Inventory
 from echelon.train.learner import load_module, save_module
 from echelon.types import SamplingParams
 
@@ -118,7 +119,7 @@ def open_views(
     where there is neither an adapter nor a rank for a new one.
     """
     below = {role: _base_of(model.path) for role, model in models.items()}
-    (one, first), (other, second) = [*below.items()][0], [*below.items()][-1]
+    (one, first), *_, (other, second) = below.items()
     if first != second:
         raise DataError(
             f"the {one} stands on '{first}' and the {other} on '{second}', and they shall share one model. Give both "
@@ -224,13 +225,22 @@ def open_dialogists(
         assert isinstance(role.sampler, Strategist)
         role.sampler.pick, role.sampler.temperature = pick, temperature
         return Dialogists(role, actor.role, inventory)
-    inventory = _strategies(settings, env)
-    by_chance = settings.get("choose") == "random"
-    return Dialogists(chooser(actor.role, None, inventory) if by_chance else None, actor.role, inventory)
+    if settings.get("choose") != "random":
+        return Dialogists(None, actor.role, _strategies(settings, env) or INVENTORIES["esconv"])
+    found = _strategies(settings, env)
+    if found is None:
+        raise ConfigError(
+            f"{path}: strategies were drawn at random there, and they were those of an environment that does not come "
+            "with echelon. Play it there: give --env."
+        )
+    return Dialogists(chooser(actor.role, None, found), actor.role, found)
 
 
-def _strategies(settings: Mapping[str, Any], env: EnvSpec | None) -> Inventory:
+def _strategies(settings: Mapping[str, Any], env: EnvSpec | None) -> Inventory | None:
+    """The strategies of a run; None where only code that was not asked for could say."""
     named, options = tuple(settings.get("strategies") or ()), tuple(settings.get("options") or ())
-    if env is None and settings.get("env"):
+    if env is None and settings.get("env") in BUILT_IN:
         env = load_env(settings["env"], settings.get("env_settings"))
+    if env is None and not named:
+        return None
     return env_inventory(env or EnvSpec("this run", object), named, options)

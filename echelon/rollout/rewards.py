@@ -1,4 +1,4 @@
-"""What completions earn: Python functions, reward models, and tests of programs, read after the episodes were played.
+"""What completions earn: Python functions, reward models, tests of programs, and checks against the right answer.
 
 It adds to what the environment gave and knows nothing of credit: every episode's last turn gets the weighted sum.
 """
@@ -9,7 +9,7 @@ import asyncio
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
@@ -27,26 +27,23 @@ from echelon.envs.registry import import_code
 from echelon.errors import ConfigError, DataError, EchelonError, did_you_mean
 from echelon.models.reward import load_reward_model
 from echelon.rollout.setup import model_path, open_env, usable_cores
+from echelon.rollout.verifiers import VERIFIERS, Answer, AnswerVerifier, JudgeVerifier, Kind, Verifier, gold_for
 from echelon.sandbox import Exam, Examiner, Grade, Limits, read_exam
 from echelon.sandbox.grading import LIMITS, Reason
 from echelon.text.chat import Renderer
+from echelon.text.endpoint import shared_endpoint
 from echelon.text.parse import program_in
 from echelon.types import Episode, Message, Turn
 
 RESERVED = ("mean", "std")
 """Names under "reward/" that belong to the sum of all rewards."""
 
-_OWN = "path/to/file.py:function, package.module:function, code, or the folder of a reward model"
+_OWN = "path/to/file.py:function, package.module:function, the folder of a reward model, or a check"
+CHECKS = ("code", *VERIFIERS)
+"""Rewards that are built in."""
 
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One completion to judge: the last of an episode."""
-
-    task: str
-    prompt: list[Message]
-    completion: str
-    columns: Mapping[str, Any]
+MOST_CHILDREN = 4
+"""Processes that compare formulas at a time; each takes some 100 MiB."""
 
 
 class Judge(Protocol):
@@ -65,35 +62,94 @@ class Reward:
     weight: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one answer was judged to be worth by all sources together."""
+
+    reward: float
+    """Weighted sum of what every source gave; one that abstained adds nothing."""
+    parsed: bool | None = None
+    """Whether every verifier could read an answer in it; None where no verifier was asked."""
+    why: str = ""
+    """Why one could not."""
+
+
 class Rewards:
     """Everything that completions earn on top of what the environment gives."""
 
     def __init__(self, rewards: Sequence[Reward] = ()) -> None:
         self.rewards = tuple(rewards)
 
-    def add(self, episodes: Sequence[Episode]) -> dict[str, float]:
-        """Add weight · reward, of every source, to the last turn of every episode that did not fail.
+    def add(self, episodes: Sequence[Episode], *, role: str = "") -> dict[str, float]:
+        """Add weight · reward, of every source, to the last turn of every episode that did not fail; with `role` to each
+        turn of that role instead: every attempt of a tree is judged, whatever follows it.
 
-        Returns "reward/<name>", the mean of what that source gave before weighing, and "reward/<name>/std" (0 where it
+        `info["parsed"]` of a turn becomes 0 where a verifier could read no answer in it, and 1 where all could. Returns
+        "reward/<name>", the mean of what that source gave before weighing, and "reward/<name>/std" (0 where it
         abstained throughout). Raises DataError, naming the source and the task, for anything but finite numbers.
         """
-        judged = [episode for episode in episodes if episode.ending != "failed" and episode.turns]
-        if not self.rewards or not judged:
+        played = [episode for episode in episodes if episode.ending != "failed" and episode.turns]
+        pairs = [(e, turn) for e in played for turn in (e.of(role) if role else e.turns[-1:])]
+        if not self.rewards or not pairs:
             return {}
-        answers = [_answer(episode, episode.turns[-1]) for episode in judged]
-        given = run_sync(self._judge(answers))
+        given = run_sync(self._judge([answer_in(episode, turn) for episode, turn in pairs]))
+        for (_, turn), verdict in zip(pairs, self._verdicts(given), strict=True):
+            turn.reward += verdict.reward
+            if verdict.parsed is not None:
+                turn.info["parsed"] = float(verdict.parsed)
+        return self._metrics(given)
+
+    def score(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """What single answers are worth, in their order, whether or not they are turns of an episode; adds nothing to
+        any. `answer_in(episode, turn)` is the answer that a turn gave; for one that is no turn, say
+        `Answer(task.id, messages, text, task.data)`. Raises DataError as `add` does.
+        """
+        return run_sync(self.judge(answers))
+
+    async def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """The same inside an event loop."""
+        return self._verdicts(await self._judge(answers)) if self.rewards else [Verdict(0.0) for _ in answers]
+
+    async def _judge(self, answers: Sequence[Answer]) -> list[list[_Given]]:
+        return list(await asyncio.gather(*(_given(reward.judge, answers) for reward in self.rewards)))
+
+    def _verdicts(self, given: Sequence[Sequence[_Given]]) -> list[Verdict]:
+        verdicts: list[Verdict] = []
+        for each in zip(*given, strict=True):
+            pairs = list(zip(self.rewards, each, strict=True))
+            earned = sum(reward.weight * (one.number or 0.0) for reward, one in pairs)
+            verified = [one for reward, one in pairs if isinstance(reward.judge, Verifier)]
+            unread = [one.why for one in verified if one.number is None]
+            verdicts.append(Verdict(earned, not unread if verified else None, "; ".join(unread)))
+        return verdicts
+
+    def _metrics(self, given: Sequence[Sequence[_Given]]) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for reward, numbers in zip(self.rewards, given, strict=True):
-            for episode, number in zip(judged, numbers, strict=True):
-                episode.turns[-1].reward += reward.weight * (number or 0.0)
-            known = np.array([number for number in numbers if number is not None] or [0.0])
+        for reward, each in zip(self.rewards, given, strict=True):
+            numbers = [one.number for one in each]
+            verified = isinstance(reward.judge, Verifier)
+            known = np.array([number or 0.0 for number in numbers if number is not None or verified] or [0.0])
             metrics |= {f"reward/{reward.name}": float(known.mean()), f"reward/{reward.name}/std": float(known.std())}
+            if verified:
+                metrics[f"reward/{reward.name}/unparsed"] = sum(n is None for n in numbers) / len(numbers)
             if isinstance(reward.judge, CodeJudge):
                 metrics |= {f"reward/{reward.name}/{reason}": n for reason, n in reward.judge.counts.items()}
         return metrics
 
-    async def _judge(self, answers: Sequence[Answer]) -> list[list[float | None]]:
-        return list(await asyncio.gather(*(reward.judge(answers) for reward in self.rewards)))
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What one source gave for one answer, and why it gave nothing."""
+
+    number: float | None
+    why: str = ""
+
+
+async def _given(judge: Judge, answers: Sequence[Answer]) -> list[_Given]:
+    if isinstance(judge, Verifier):
+        found = await judge.check(answers)
+        return [_Given(None if one.right is None else float(one.right), one.why) for one in found]
+    return [_Given(number) for number in await judge(answers)]
 
 
 def open_tasks(cfg: PlayConfig, renderer: Renderer | None = None) -> EnvSpec:
@@ -103,8 +159,11 @@ def open_tasks(cfg: PlayConfig, renderer: Renderer | None = None) -> EnvSpec:
     Raises ConfigError and DataError.
     """
     if cfg.env:
-        return open_env(cfg.env, cfg.env_settings, trust_code=cfg.trust_task_code)
+        env = open_env(cfg.env, cfg.env_settings, trust_code=cfg.trust_task_code)
+        check_answers(cfg.reward, [(f"task '{task.id}'", task.data) for task in env.tasks("train")])
+        return env
     rows = load_rows(cfg.data, "prompt", seed=cfg.seed)
+    check_answers(cfg.reward, [(row.where, row.columns) for row in (*rows.train, *rows.held_out)])
     env = prompts_env(rows.train, rows.held_out, name=", ".join(cfg.data.path))
     if renderer is not None:
         _check_lengths(env, renderer)
@@ -118,14 +177,32 @@ def open_rewards(cfg: PlayConfig, *, device: str = "auto", tokens_per_pass: int 
     """
     weights = cfg.reward_weights or (1.0,) * len(cfg.reward)
     names = _names(cfg.reward)
-    judges = [open_judge(spec, device=device, tokens_per_pass=tokens_per_pass) for spec in cfg.reward]
+    judges = [
+        open_judge(spec, device=device, tokens_per_pass=tokens_per_pass, endpoint=cfg.judge) for spec in cfg.reward
+    ]
     return Rewards([Reward(*parts) for parts in zip(names, judges, weights, strict=True)])
 
 
-def open_judge(spec: str, *, device: str = "auto", tokens_per_pass: int = 4096) -> Judge:
-    """A function, a reward model or the tests of programs, by how it was named on the command line."""
+def check_answers(names: Sequence[str], rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raise DataError for the first row, given as its place and its columns, whose right answer a check could not use:
+    before anything is played. Raises MissingExtra where a library is needed to read it.
+    """
+    checks = [name for name in names if name in VERIFIERS]
+    for where, columns in rows if checks else ():
+        for name in checks:
+            gold_for(name, columns, where)
+
+
+def open_judge(
+    spec: str, *, device: str = "auto", tokens_per_pass: int = 4096, endpoint: Mapping[str, Any] | None = None
+) -> Judge:
+    """A function, a reward model, or one of `CHECKS`, by how it was named on the command line."""
     if spec == "code":
         return CodeJudge()
+    if spec == "judge":
+        return JudgeVerifier(shared_endpoint(endpoint or {}))
+    if spec in get_args(Kind):
+        return AnswerVerifier(spec, workers=min(usable_cores(), MOST_CHILDREN))  # type: ignore[arg-type]
     where, colon, function = spec.rpartition(":")
     if not colon and spec.endswith(".py"):
         raise ConfigError(f"reward {spec}: which function of the file? Give {spec}:function.")
@@ -295,7 +372,8 @@ def _exam(answer: Answer) -> Exam | None:
         raise DataError(f"reward code: the tests of task '{answer.task}': {error}.") from error
 
 
-def _answer(episode: Episode, turn: Turn) -> Answer:
+def answer_in(episode: Episode, turn: Turn) -> Answer:
+    """What a turn said, with the conversation before it and the columns of its task."""
     taken = ("messages", "prompts", "completions")
     columns = {key: value for key, value in episode.data.items() if key not in taken}
     prompt, said = episode.conversation(turn), turn.text

@@ -31,6 +31,9 @@ from echelon.types import Env, Episode, Play, Task
 Tell = Callable[[Task, int], str | None]
 """The strategy of a reply, as prompts write it, from the task and a seed; None tells none."""
 
+SOURCES = ("data", "random", "none")
+"""Who may tell, besides a strategist and a strategy's own name."""
+
 
 def told_loop(make: Callable[[Task], Env], responder: Role, tell: Tell, *, max_turns: int = 1000) -> Play:
     """Strategy told, reply, the user's answer, until the environment ends, or is cut off after `max_turns` replies.
@@ -68,6 +71,11 @@ def told_loop(make: Callable[[Task], Env], responder: Role, tell: Tell, *, max_t
     return play
 
 
+def is_strategist(source: str) -> bool:
+    """Whether it names a strategist's folder; a word that names somebody else does not, even where a folder has it."""
+    return source not in SOURCES and source != "" and Path(source).is_dir()
+
+
 def teller(source: str, inventory: Inventory) -> Tell:
     """Who tells: `data` (the strategy of the task's row), `random`, `none`, or always the strategy of this name.
 
@@ -83,7 +91,7 @@ def teller(source: str, inventory: Inventory) -> Tell:
     try:
         label = labels[inventory.find(source)]
     except ParseError as error:
-        known = ["data", "random", "none", *inventory.strategies]
+        known = [*SOURCES, *inventory.strategies]
         raise ConfigError(
             f"strategist = {source}: it is neither a strategist's folder nor one of {', '.join(known)}."
             f"{did_you_mean(source, known)}"

@@ -130,7 +130,7 @@ class Program:
             env={"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"},
             start_new_session=True,
         )
-        self._end = weakref.finalize(self, _remove, self._child, home)
+        self._end = weakref.finalize(self, remove_child, self._child, home)
         setup = {
             "source": self.source,
             "modules": self.modules,
@@ -241,7 +241,7 @@ class Program:
         return ProgramError(f"it ended the process (status {status})", "crash")
 
 
-def _remove(child: subprocess.Popen[bytes], home: str) -> None:
+def remove_child(child: subprocess.Popen[bytes], home: str) -> None:
     """The child and its working directory."""
     child.kill()
     child.wait()

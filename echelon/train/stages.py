@@ -43,6 +43,12 @@ def parse_stages(lines: Sequence[str]) -> list[Stage]:
                 f"stages: '{line}' cannot be read. Write 'from 250: credit.first=1 credit.progress=10', or 'plateau "
                 "30: …' for a stage that begins after 30 steps without a better last attempt."
             )
+        if not words:
+            raise ConfigError(f"stages: '{line}' changes nothing. Say what holds from there on, or leave it out.")
+        if found["plateau"] and int(found["plateau"]) == 0:
+            raise ConfigError(
+                f"stages: '{line}': the stage before it is over at once. Give a patience of 1 step or more."
+            )
         step = int(found["step"]) if found["step"] else None
         if number == 0 and step != 0:
             raise ConfigError(
@@ -60,6 +66,11 @@ def parse_stages(lines: Sequence[str]) -> list[Stage]:
     return stages
 
 
+def settings_so_far(table: Sequence[Stage]) -> list[list[str]]:
+    """All settings that hold in each stage: those of earlier stages first, so that later ones win."""
+    return [[word for stage in table[: number + 1] for word in stage.words] for number in range(len(table))]
+
+
 class Stages:
     """Where a run stands in its table. What it has seen is saved, so that a resumed run stands there, too."""
 
@@ -69,15 +80,15 @@ class Stages:
         self._best = -math.inf
         self._waited = 0
 
-    def words(self, step: int) -> list[str]:
-        """All settings that hold at this step, those of later stages last."""
+    def reached(self, step: int) -> int:
+        """The number of the stage that holds at this step, from 0; asked once before every step."""
         while self.current + 1 < len(self.table):
             ahead = self.table[self.current + 1]
-            reached = self._waited >= ahead.patience if ahead.step is None else step >= ahead.step
-            if not reached:
+            begun = self._waited >= ahead.patience if ahead.step is None else step >= ahead.step
+            if not begun:
                 break
             self.current, self._best, self._waited = self.current + 1, -math.inf, 0
-        return [word for stage in self.table[: self.current + 1] for word in stage.words]
+        return self.current
 
     def saw(self, number: float) -> None:
         """What this step reached: larger is better."""

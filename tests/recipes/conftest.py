@@ -16,6 +16,7 @@ from echelon import cli
 from echelon.envs import EnvSpec, load_env
 from echelon.envs.players import corpus, make_player, play
 from echelon.models.lm import tiny
+from echelon.text.dialogue import DialogueState, responder_prompt, strategist_prompt
 from echelon.train.checkpoint import find_checkpoint
 from echelon.train.log import Log
 
@@ -96,6 +97,34 @@ def locksmith(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env, folder = load_env("text_lock", {"doors": 2, "keys": 3}), tmp_path_factory.mktemp("doors")
     games = recorded(env, ("random",), 128, folder / "games.jsonl")
     return taught(made(env, folder / "model", layers=2), games, folder / "run", epochs=6)
+
+
+@pytest.fixture(scope="session")
+def tosca(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of tosca after one step: two one-layer models, in the built-in dialogues."""
+    folder, menu = tmp_path_factory.mktemp("tosca"), load_env("dialogue").cls.inventory()
+    state = DialogueState("I lost my job.", (("User", "Hello."), ("Assistant", "How are you?")), "sad", "work")
+    prompts = [*strategist_prompt(state, menu), *responder_prompt(state, menu.label(0))]
+    words = [prompt["content"] for prompt in prompts] * 3
+    module, tokenizer = tiny(words, vocab_size=400, hidden=32, layers=1, heads=2)
+    module.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    flags = {
+        "--responder.path": folder / "model",
+        "--env": "dialogue",
+        "--out": folder / "run",
+        "--threads": 1,
+        "--steps": 1,
+        "--episodes-per-step": 2,
+        "--max-turns": 2,
+        "--upper-updates": 1,
+        "--upper-batch": 2,
+        "--sampling.max-tokens": 4,
+        "--lower.policy.minibatches": 1,
+        "--lower.value-minibatches": 1,
+    }
+    assert cli.main(["tosca", *(str(word) for flag in flags.items() for word in flag)]) == 0
+    return folder / "run"
 
 
 def recorded(env: EnvSpec, kinds: tuple[str, ...], games: int, path: Path) -> Path:

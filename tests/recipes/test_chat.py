@@ -25,11 +25,9 @@ from echelon import cli
 from echelon.config import ModelConfig, load
 from echelon.envs import load_env
 from echelon.errors import ConfigError
-from echelon.models.lm import tiny
 from echelon.recipes import chat
 from echelon.recipes.chat import Config, Levels, Policy, open_partner
 from echelon.rollout.players import open_policy
-from echelon.text.dialogue import INVENTORIES, DialogueState, responder_prompt, strategist_prompt
 from echelon.train.checkpoint import Checkpoints
 from tests.recipes.conftest import GAME, made
 from tests.test_docs import CODE, columns, prose, wrong_settings
@@ -132,24 +130,6 @@ def ranker(playing: list[object], tmp_path_factory: pytest.TempPathFactory) -> P
 def archer(playing: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     few = ("--critic-updates", 1, "--critic-episodes", 2, "--warmup-steps", 1)
     return trained(tmp_path_factory.mktemp("runs") / "archer", "archer", *playing, *few)
-
-
-@pytest.fixture(scope="module")
-def tosca(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, menu = tmp_path_factory.mktemp("tosca"), INVENTORIES["daily_dialog"]
-    state = DialogueState(
-        "I lost my job and I am sad.", (("User", "Hello."), ("Assistant", "How are you?")), "sad", "x"
-    )
-    prompts = [*strategist_prompt(state, menu), *responder_prompt(state, menu.label(0))]
-    module, tokenizer = tiny(
-        [prompt["content"] for prompt in prompts] * 3, vocab_size=400, hidden=32, layers=1, heads=2
-    )
-    module.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    few = ("--responder.path", folder / "model", "--env", "dialogue", "--episodes-per-step", 2, "--max-turns", 2)
-    few += ("--upper-updates", 1, "--upper-batch", 2, "--sampling.max-tokens", 4)
-    few += ("--lower.policy.minibatches", 1, "--lower.value-minibatches", 1)
-    return trained(folder / "run", "tosca", *few)
 
 
 @pytest.fixture

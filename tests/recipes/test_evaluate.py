@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from echelon import cli
+from echelon.envs import load_env
 from echelon.errors import ConfigError
 from echelon.recipes.evaluate import Config
 from echelon.rollout.evaluate import bootstrap
@@ -176,6 +177,28 @@ def test_every_step_is_in_the_file_whoever_played(train, playing: list[str], who
         assert [(step["text"], step["reward"]) for step in episode["steps"]] == [
             (turn["text"], turn["reward"]) for turn in row["turns"]
         ]
+
+
+def test_both_levels_of_a_run_play_and_every_choice_is_in_the_file(
+    tosca: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--env", "dialogue", "--episodes", "3", "--max-turns", "2", "--max-tokens", "4", "--threads", "1"]
+    out = tmp_path / "played"
+    assert cli.main(["evaluate", str(tosca), *flags, "--out", str(out)]) == 0
+    menu = load_env("dialogue").cls.inventory()
+    episodes = json.loads((out / "evaluation.json").read_text())["episodes"]
+    for episode in episodes:
+        assert [step["role"] for step in episode["steps"]] == ["strategist", "responder"] * (len(episode["steps"]) // 2)
+        for step in episode["steps"][::2]:
+            values = [option["q"] for option in step["candidates"]]
+            assert step["strategy"] == menu.strategies[values.index(max(values))]
+            assert step["text"] == menu.options[step["chosen"]]
+    replies = [len(episode["steps"]) / 2 for episode in episodes]
+    assert summary(out)["turns"]["mean"] == pytest.approx(sum(replies) / 3), "a choice is no turn"
+    capsys.readouterr()
+    record = ["--transitions", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "x")]
+    assert cli.main(["evaluate", str(tosca), *flags, *record]) == 2
+    assert "two levels play, and its rows are those of one. Leave it out." in capsys.readouterr().err
 
 
 def test_failed_episodes_are_left_out_within_the_budget(

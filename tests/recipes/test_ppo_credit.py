@@ -14,10 +14,9 @@ from echelon.data.packing import Batch, pack
 from echelon.errors import ConfigError
 from echelon.models.heads import TokenValue
 from echelon.models.lm import load_lm
-from echelon.recipes.ppo import Config, judge, mean_return, over_turns, valued
+from echelon.recipes.ppo import Config, fit_value, judge, mean_return, over_turns, valued
 from echelon.train.learner import Learner
 from echelon.train.shaping import ShapingConfig
-from echelon.train.value import update_value
 from echelon.types import Episode, Turn
 from tests.ops.test_credit import longhand_gae
 
@@ -120,8 +119,7 @@ def test_values_are_learned_where_they_are_read(value: Learner) -> None:
     assert mean_return(config(credit="token"), batch, episodes, rewards) == pytest.approx((2 + 9 * 4) / 10)
     assert valued(cfg, batch).sum() == 2
     judge(cfg, value, batch, episodes, rewards)
-    passes = {"epochs": cfg.value_epochs, "minibatches": cfg.value_minibatches, "clip": cfg.value_clip}
-    logged = update_value(value, batch, read_BT=valued(cfg, batch), **passes, tokens_per_pass=4096, seed=0)
+    logged = fit_value(cfg, value, batch, seed=0)
     assert logged["value/return"] == pytest.approx(3.0)
     assert logged["value/mean"] == pytest.approx(5.0)
     assert logged["value/loss"] == pytest.approx(0.5 * (3**2 + 1**2) / 2)

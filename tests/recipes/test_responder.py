@@ -155,6 +155,12 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
         torch.testing.assert_close(resumed.weights(part), whole.weights(part), rtol=0, atol=0)
 
 
+def test_a_run_can_go_on_from_the_responder_of_another(train: Train, weather: list[str]) -> None:
+    first = train("responder", *weather, *SMALL, name="first")
+    again = train("responder", *weather, *SMALL, "--model.path", first.out, "--low.warmup-steps", 9, name="again")
+    torch.testing.assert_close(again.weights("responder"), first.weights("responder"), rtol=0, atol=0)
+
+
 def test_held_out_states_are_replied_to_and_not_learned_from(train: Train, weather: list[str]) -> None:
     run = train("responder", *weather, *SMALL, "--data.eval-fraction", 0.3, "--eval-every", 2, "--eval-episodes", 6)
     first, last = run.rows()
@@ -280,6 +286,14 @@ def test_chance_one_name_or_nobody_may_tell_it(told: Callable[..., list[Episode]
     assert {episode.data["strategy"] for episode in told("random")} == set(LABELS)
     assert {episode.data["strategy"] for episode in told("rain")} == {LABELS[1]}
     assert all("Strategy" not in asked for asked in prompts(told("none")))
+
+
+def test_a_folder_that_is_called_data_is_no_strategist(
+    told: Callable[..., list[Episode]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert [episode.data["strategy"] for episode in told("data")][:4] == [LABELS[0], LABELS[0], LABELS[1], LABELS[1]]
 
 
 def test_a_strategist_may_tell_it(told: Callable[..., list[Episode]], folder: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ FEWER = {
     "reward": STAGE,
     "sft": STAGE,
     "strategist": STAGE,
+    "tosca": [*PLAYS, "--episodes-per-step", "4", "--high-updates", "1", "--high-batch", "4", "--eval-every", "0"],
 }
 """What is cut, by recipe."""
 ALSO = {
@@ -48,9 +49,14 @@ ALSO = {
         for name in ("esconv", "daily_dialog", "imitation")
     },
     **{
-        f"responder/{name}.yaml": ["--sampling.max-tokens", "8", "--model.dtype", "float32"] for name in ("esconv", "paper")
+        f"responder/{name}.yaml": ["--sampling.max-tokens", "8", "--model.dtype", "float32"]
+        for name in ("esconv", "paper")
     },
     "rank/recurve.yaml": ["--sampling.max-tokens", "8", "--model.path", "models/base"],
+    "tosca/paper.yaml": [
+        *("--strategist.path", "models/base", "--responder.path", "models/base", "--sampling.max-tokens", "8"),
+        *("--strategist.dtype", "float32", "--responder.dtype", "float32"),
+    ],
 }
 """What is cut in one of them: a random model has no groups that differ, and talks to the end; and no hub is asked."""
 
@@ -72,6 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "runs/best_language/sft",
         "runs/text_lock/sft",
         "runs/dialogue/sft",
+        "runs/dialogue/strategist",
     )
     for place in also:
         shutil.copytree(folder / "runs/tiny", folder / place)
@@ -117,6 +124,7 @@ def write_strategies(data: Path) -> None:
         {"query": f"{said} {number}", "strategy": "Question", "reward": 3} for number, said in enumerate(SAYS * 5)
     ]
     lines(data / "esconv_decisions.jsonl", decisions)
+    lines(data.parent / "runs/dialogue/transitions.jsonl", decisions)
 
 
 def run(recipe: str, file: Path, out: str) -> None:
@@ -135,4 +143,5 @@ def test_a_settings_file_runs_as_it_stands(file: Path, folder: Path, tmp_path: P
         assert (out / "summary.json").is_file()
     else:
         assert (out / "metrics.jsonl").read_text().count("\n") >= 1
-        assert find_checkpoint(out, recipe if recipe in ("reward", "strategist", "responder") else "actor")
+        part = "responder" if recipe == "tosca" else recipe
+        assert find_checkpoint(out, part if part in ("reward", "strategist", "responder") else "actor")

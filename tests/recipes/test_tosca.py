@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from echelon.config import ModelConfig, OptimConfig, load
+from echelon.envs import EnvSpec
 from echelon.errors import ConfigError
 from echelon.models.lm import tiny
 from echelon.models.lora import AdapterView
@@ -28,15 +31,17 @@ from echelon.train.policy import PolicyConfig
 from echelon.train.responder import Lower, ResponderConfig
 from echelon.train.strategy import Upper
 from echelon.types import Episode, SamplingParams, Task, Turn
+from tests.invariants.test_kill_and_resume import assert_same, command, finished, kill, rows, waiting
 from tests.recipes.conftest import Run, Train
 from tests.recipes.talk import Talk
+from tests.recipes.test_metric_names import unknown
 from tests.test_docs import CODE, columns
 
 PAGE = Path(__file__).parents[2] / "docs" / "algorithms" / "tosca.md"
 ENV = "tests.recipes.talk:Talk"
-FEW = ["--env", ENV, "--steps", "4", "--episodes-per-step", "6", "--max-turns", "4", "--upper-updates", "2"]
-FEW += ["--upper-batch", "8", "--upper.target-every", "3", "--sampling.max-tokens", "6", "--sampling.max-prompt-tokens"]
-FEW += ["256", "--lower.policy.optim.lr", "1e-3", "--lower.value-optim.lr", "1e-3", "--lower.policy.minibatches", "2"]
+FEW = ["--env", ENV, "--steps", "4", "--episodes-per-step", "6", "--max-turns", "4", "--high-updates", "2"]
+FEW += ["--high-batch", "8", "--high.target-every", "3", "--sampling.max-tokens", "6", "--sampling.max-prompt-tokens"]
+FEW += ["256", "--low.policy.optim.lr", "1e-3", "--low.value-optim.lr", "1e-3", "--low.policy.minibatches", "2"]
 SHARED = ["--shared", "--lora.rank", "4", "--lora.alpha", "8"]
 
 
@@ -62,8 +67,8 @@ def config(model: Path, **settings: Any) -> Config:
     lower = ResponderConfig(
         policy=PolicyConfig(optim=OptimConfig(lr=1e-3), minibatches=2), value_optim=OptimConfig(lr=1e-3)
     )
-    known = {"out": "x", "env": ENV, "responder": ModelConfig(str(model), device="cpu"), "lower": lower, "steps": 4}
-    known |= {"episodes_per_step": 6, "upper_updates": 2, "upper_batch": 8, "max_turns": 4}
+    known = {"out": "x", "env": ENV, "responder": ModelConfig(str(model), device="cpu"), "low": lower, "steps": 4}
+    known |= {"episodes_per_step": 6, "high_updates": 2, "high_batch": 8, "max_turns": 4}
     return Config(**{**known, **settings})
 
 
@@ -232,9 +237,9 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     more: dict[str, list[object]] = {
         "separate": ["--reward-share-weight", 0.3, "--eval-every", 2, "--eval-episodes", 4],
         "shared": [*SHARED, "--lora.dropout", 0.1],
-        "alternate": ["--mode", "alternate", "--lower.surprisal-coef", 0.1, "--lower.shaping.kl-target", 1],
-        "softmax": ["--pick", "softmax", "--upper.target", "polyak", "--lower.policy.kl-coef", 0.1],
-        "offline": ["--offline.path", recorded_decisions, "--upper.optim.schedule", "linear"],
+        "alternate": ["--mode", "alternate", "--low.surprisal-coef", 0.1, "--low.shaping.kl-target", 1],
+        "softmax": ["--pick", "softmax", "--high.target", "polyak", "--low.policy.kl-coef", 0.1],
+        "offline": ["--offline.path", recorded_decisions, "--high.optim.schedule", "linear"],
     }
     flags = [*few, *more[kind], "--save-every", "1"]
     killed_at(-1)
@@ -311,14 +316,20 @@ def test_without_one_who_learns_to_choose_the_responder_learns_alone(
     roles = {turn["role"] for row in run.rows("episodes") for turn in row["turns"]}
     assert roles == ({STRATEGIST, RESPONDER} if choose == "random" else {RESPONDER})
     assert any(name.startswith("strategy/") for name in run.rows()[0]) is (choose == "random")
-    who = opened_again(run)
+    who = opened_again(run, EnvSpec("talk", Talk))
     assert who.inventory == Talk.inventory()
     assert (who.chooser is not None and who.chooser.epsilon == 1.0) is (choose == "random")
 
 
-def opened_again(run: Run) -> Dialogists:
+def opened_again(run: Run, env: EnvSpec | None = None) -> Dialogists:
     params, model = SamplingParams(max_tokens=6), ModelConfig("x", device="cpu")
-    return open_dialogists(str(run.out), model=model, sampling=tosca.SamplingConfig(), params=params)
+    return open_dialogists(str(run.out), model=model, sampling=tosca.SamplingConfig(), params=params, env=env)
+
+
+def test_code_that_a_run_names_is_not_run_to_play_it_again(train: Train, few: list[str]) -> None:
+    run = train("tosca", *few, "--choose", "random", "--mode", "lower", "--steps", 1)
+    with pytest.raises(ConfigError, match="those of an environment that does not come with echelon"):
+        opened_again(run)
 
 
 @pytest.mark.parametrize("kind", ["separate", "shared"])
@@ -334,7 +345,7 @@ def test_a_run_is_played_again_as_it_was_learned(kind: str, train: Train, few: l
 
 def test_a_dialogue_whose_judge_failed_teaches_neither_level(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(model, env_settings={"judged": False}, error_budget=0.9)
-    monkeypatch.setattr(tosca, "open_tasks", lambda cfg: tosca.EnvSpec("talk", Talk, {"judged": False}))
+    monkeypatch.setattr(tosca, "open_tasks", lambda cfg: EnvSpec("talk", Talk, {"judged": False}))
     env = tosca.open_tasks(cfg)
     levels = open_both(cfg, env)
     play = levels.players.play(env.make, max_turns=4)
@@ -368,7 +379,7 @@ def test_two_adapters_share_one_base_and_are_saved_each_as_one(train: Train, few
 
 
 def test_levels_start_as_what_other_runs_taught(train: Train, few: list[str], model: Path) -> None:
-    first = train("tosca", *few, "--upper.shift", "2", name="first")
+    first = train("tosca", *few, "--high.shift", "2", name="first")
     second = train(
         "tosca", *few, "--strategist.path", first.out, "--responder.path", first.out, "--steps", 1, name="second"
     )
@@ -442,12 +453,12 @@ MISTAKES = [
     (["--choose", "none", "--mode", "lower", "--reward-share-weight", "1"], "so there is no Q to share"),
     (["--mode", "sequential", "--reward-share-weight", "1"], "mode = sequential exchanges nothing"),
     (["--reward-share-weight", "-1"], "levels would work against each other"),
-    (["--reward-share-weight", "1", "--lower.shaping.whiten"], "would take out again what is shared"),
+    (["--reward-share-weight", "1", "--low.shaping.whiten"], "would take out again what is shared"),
     (["--epsilon", "2"], "it is a probability"),
     (["--temperature", "0"], "Q is divided by it"),
-    (["--lower.policy.minibatches", "40"], "some would have none of a step's 16 dialogues"),
+    (["--low.policy.minibatches", "40"], "some would have none of a step's 16 dialogues"),
     (["--ptx.path", "x"], "these rows would count nothing"),
-    (["--lower.policy.ptx-coef", "0.1"], "there is nothing to weigh"),
+    (["--low.policy.ptx-coef", "0.1"], "there is nothing to weigh"),
     (["--shared", "--lora.modules-to-save", "lm_head"], "no level can train it in full"),
     (["--offline-fraction", "1"], "it is a part of a batch"),
 ]
@@ -497,3 +508,32 @@ def test_every_defect_of_the_originals_has_a_test() -> None:
     rows = [row for row, _ in columns(text.partition("## ")[0], "test")]
     assert [row[""] for row in rows] == [str(number) for number in range(1, 17)]
     assert all(CODE.findall(row["test"]) for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+def test_killed_at_some_moment_and_resumed_it_ends_as_if_left_alone(kind: str, few: list[str], tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["echelon.recipes.tosca"])
+    words = ["tosca", *few, *(SHARED if kind == "shared" else []), "--threads", "1", "--save-every", "1"]
+
+    def begin(out: Path) -> Any:
+        again = ["--resume"] if list(out.glob("checkpoints/step_*")) else []
+        process = context.Process(target=command, args=([*words, "--out", str(out), *again], out))
+        process.start()
+        return process
+
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    finished(begin(whole), whole)
+    for done in (1, 2):
+        process = begin(out)
+        for _ in waiting(lambda done=done: len(rows(out, "metrics.jsonl")) >= done, process):
+            time.sleep(0.001)
+        assert kill(process), "it was not killed: nothing was tested"
+    finished(begin(out), out)
+    assert_same(out, whole)
+
+
+def test_everything_that_is_logged_stands_on_the_page(train: Train, few: list[str], recorded_decisions: Path) -> None:
+    more = ["--reward-share-weight", 0.1, "--offline.path", recorded_decisions, "--eval-every", 1, "--steps", 2]
+    terms = ["--low.surprisal-coef", 0.1, "--low.self-likelihood-coef", 0.1, "--low.policy.kl-coef", 0.1]
+    assert unknown("tosca", train("tosca", *few, *more, *terms)) == set()

@@ -7,21 +7,25 @@ from pathlib import Path
 import pytest
 
 from echelon.errors import ConfigError
-from echelon.train.stages import Stages, parse_stages
+from echelon.train.stages import Stages, parse_stages, settings_so_far
 
 TABLE = ("from 0: credit.first=0 a=1", "from 3: credit.first=1", "plateau 2: a=2")
 
 
 def test_later_stages_add_to_what_earlier_ones_said() -> None:
     stages = Stages(TABLE)
-    assert stages.words(0) == stages.words(2) == ["credit.first=0", "a=1"]
-    assert stages.words(3) == ["credit.first=0", "a=1", "credit.first=1"]
+    assert [stages.reached(step) for step in range(5)] == [0, 0, 0, 1, 1]
+    assert settings_so_far(stages.table) == [
+        ["credit.first=0", "a=1"],
+        ["credit.first=0", "a=1", "credit.first=1"],
+        ["credit.first=0", "a=1", "credit.first=1", "a=2"],
+    ]
 
 
 def test_a_plateau_is_so_many_steps_without_a_better_one_since_the_stage_began() -> None:
     stages, seen = Stages(TABLE), []
     for step, number in enumerate([0.1, 0.9, 0.9, 0.2, 0.3, 0.3, 0.3, 0.1]):
-        seen.append("a=2" in stages.words(step))
+        seen.append(stages.reached(step) == 2)
         stages.saw(number)
     assert seen == [False] * 7 + [True], "0.9 came before step 3 and does not count; 0.3 at step 4 is the best after"
 
@@ -29,12 +33,12 @@ def test_a_plateau_is_so_many_steps_without_a_better_one_since_the_stage_began()
 def test_a_resumed_run_stands_where_it_stood(tmp_path: Path) -> None:
     stages = Stages(TABLE)
     for step in range(6):
-        stages.words(step)
+        stages.reached(step)
         stages.saw(0.5)
     stages.save(tmp_path)
     again = Stages(TABLE)
     again.load(tmp_path)
-    assert again.words(6) == stages.words(6)
+    assert again.reached(6) == stages.reached(6)
     assert again.current == stages.current
     fresh = Stages(TABLE)
     fresh.save(tmp_path / "new")
@@ -50,6 +54,8 @@ def test_a_resumed_run_stands_where_it_stood(tmp_path: Path) -> None:
         (("from 0: a=1", "from 9: a=2", "from 9: a=3"), "comes after one that begins at 9"),
         (("from 0: a=1", "plateau 3: a=2", "from 9: a=3"), "comes after a plateau"),
         (("0: a=1",), "cannot be read"),
+        (("from 0:",), "changes nothing"),
+        (("from 0: a=1", "plateau 0: a=2"), "is over at once"),
         (("from 0: a 1",), "cannot be read"),
     ],
 )
