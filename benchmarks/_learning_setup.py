@@ -203,8 +203,8 @@ METHODS = {
             "text_lock": {
                 "ranker_path": "",
                 "episodes_per_step": 16,
-                "candidates": 32,
-                "ranker_updates": 16,
+                "candidates": 16,
+                "ranker_updates": 8,
                 "ranker_optim": {"weight_decay": 0.3},
                 "generator": "frozen",
             },

@@ -1,10 +1,8 @@
 """What the feedback level starts from, made in seconds: a tiny model, and texts for a solver and a coach to imitate.
 
 python examples/arithmetic.py --out runs/arithmetic
-for level in solver coach; do
-  echelon sft --model.path runs/arithmetic/tiny --data.path runs/arithmetic/$level.jsonl --out runs/arithmetic/$level \
-    --rows-per-step 64 --max-tokens 64 --epochs 1 --optim.lr 3e-3 --optim.warmup-steps 50 --optim.schedule cosine
-done
+echelon sft runs/arithmetic/solver.yaml
+echelon sft runs/arithmetic/coach.yaml
 echelon feedback configs/feedback/arithmetic.yaml
 
 What there is to know about sums is divided. The solver imitates a student who adds the digits of each place and carries
@@ -22,6 +20,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor, nn
 
 from echelon import config
@@ -36,10 +35,17 @@ from echelon.seeds import derive_seed
 from echelon.train.learner import Learner, save_module
 
 SETTINGS = Path(__file__).parents[1] / "configs/feedback/arithmetic.yaml"
+WARM: dict[str, Any] = {
+    "rows_per_step": 32,
+    "max_tokens": 64,
+    "save_every": 0,
+    "optim": {"lr": 5e-3, "betas": [0.9, 0.95], "warmup_steps": 30, "schedule": "cosine"},
+}
+"""How both levels imitate, but for the number of passes."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write `tiny/`, `solver.jsonl` and `coach.jsonl`."""
+    """Write `tiny/`, and of each level the texts and the settings it imitates them with."""
     args = arguments().parse_args(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -48,8 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     draw = random.Random(args.seed)
     solver = [row for _ in range(args.sums) for row in student_says(cfg, draw, args)]
     coach = [coach_says(cfg, draw, args) for _ in range(args.remarks)]
-    write(out / "solver.jsonl", solver)
-    write(out / "coach.jsonl", coach)
+    for level, rows, passes in (("solver", solver, 4), ("coach", coach, 2)):
+        write(out / f"{level}.jsonl", rows)
+        settings = {**WARM, "epochs": passes, "out": str(out / level), "threads": args.threads, "seed": args.seed}
+        settings |= {"model": {"path": str(out / "tiny")}, "data": {"path": [str(out / f"{level}.jsonl")]}}
+        (out / f"{level}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     texts = [message["content"] for row in [*solver[:2000], *coach[:2000]] for message in row["messages"]]
     module, tokenizer = tiny(
         texts, vocab_size=512, hidden=args.hidden, layers=args.layers, heads=args.hidden // 32, seed=args.seed
@@ -64,12 +73,12 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/arithmetic", help="folder to write to")
     parser.add_argument("--settings", default=str(SETTINGS), help="whose templates and digits the texts have")
-    parser.add_argument("--sums", type=int, default=16000, help="sums the student does, each told something or not")
-    parser.add_argument("--remarks", type=int, default=8000, help="remarks of the coach")
-    parser.add_argument("--guess", type=float, default=0.2, help="how often a place gets a carry that nobody named")
+    parser.add_argument("--sums", type=int, default=28000, help="sums the student does, each told something or not")
+    parser.add_argument("--remarks", type=int, default=24000, help="remarks of the coach")
+    parser.add_argument("--guess", type=float, default=0.15, help="how often a place gets a carry that nobody named")
     parser.add_argument("--knows", type=float, default=0.0, help="how often a carry is made unasked where one belongs")
     parser.add_argument("--obeys", type=float, default=0.9, help="how often the student carries exactly as told")
-    parser.add_argument("--wrong", type=float, default=0.2, help="how often the coach is wrong about a place")
+    parser.add_argument("--wrong", type=float, default=0.15, help="how often the coach is wrong about a place")
     parser.add_argument("--hidden", type=int, default=64, help="width of the model, a multiple of 32")
     parser.add_argument("--layers", type=int, default=2, help="its depth")
     parser.add_argument("--copying-steps", type=int, default=200, help="steps of learning to repeat random tokens")
@@ -91,7 +100,7 @@ def student_says(cfg: feedback.Config, draw: random.Random, args: argparse.Names
 
     first = unasked()
     kind = draw.random()
-    if kind < 0.3:
+    if kind < 0.35:
         yield row(cfg.templates.solve.format(question=asked), first)
     elif kind < 0.5:
         yield row(cfg.templates.retry.format(question=asked, attempt=first), unasked())

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
+from echelon.data.problems import PROBLEMS, asked_as
 from echelon.errors import DataError, did_you_mean
 from echelon.types import Message
 
@@ -47,6 +48,8 @@ class Prompt:
     messages: list[Message]
     columns: dict[str, Any] = field(default_factory=dict)
     """Every other column of the row, as it was read: what reward functions compare answers with."""
+    where: str = field(default="", compare=False)
+    """Its place, for complaints."""
 
 
 Row = Sft | Preference | Prompt
@@ -61,14 +64,15 @@ _LAYOUTS: dict[Schema, list[Columns]] = {
     "preference": [
         (asked, *pair) for asked in _ASKED for pair in (("chosen", "rejected"), ("response_j", "response_k"))
     ],
-    "prompt": [("prompt",), ("question",), ("messages",)],
+    "prompt": [*PROBLEMS, ("prompt",), ("question",), ("problem",), ("messages",)],
 }
 """The columns each schema may be read from; the first that are all there are taken."""
 
 _NEEDS: dict[Schema, str] = {
     "sft": "messages, or prompt or question with response, response_j, completion or chosen, or question with answer",
     "preference": "prompt or question with chosen and rejected, or with response_j and response_k",
-    "prompt": "prompt, question or messages",
+    "prompt": "prompt, question, problem or messages, or question with choices or options, text or prompt with "
+    "test_list, or prompt with test and entry_point",
 }
 _ROLES = ("system", "user", "assistant", "tool")
 _MAY_FOLLOW = {
@@ -104,13 +108,16 @@ def read_row(cells: Mapping[str, Any], layout: Columns, schema: Schema, where: s
         return _read_sft(cells, layout, where)
     if schema == "preference":
         return _read_preference(cells, layout, where)
+    if layout in PROBLEMS:
+        question, columns = asked_as(cells, layout, where)
+        return Prompt([Message(role="user", content=question)], columns, where)
     (asked,) = layout
     if asked == "messages":
         messages = _conversation(cells[asked], asked, where)
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages  # an answer to imitate
     else:
         messages = _prompt(cells[asked], asked, where)
-    return Prompt(messages, {column: value for column, value in cells.items() if column != asked})
+    return Prompt(messages, {column: value for column, value in cells.items() if column != asked}, where)
 
 
 def identity(row: Row) -> list[Any]:

@@ -81,8 +81,8 @@ class Rewards:
         self.rewards = tuple(rewards)
 
     def add(self, episodes: Sequence[Episode], *, role: str = "") -> dict[str, float]:
-        """Add weight · reward, of every source, to the last turn of every episode that did not fail; with `role` to each
-        turn of that role instead: every attempt of a tree is judged, whatever follows it.
+        """Add weight · reward, of every source, to the last turn of every episode that did not fail; with `role` to
+        each turn of that role instead: every attempt of a tree is judged, whatever follows it.
 
         `info["parsed"]` of a turn becomes 0 where a verifier could read no answer in it, and 1 where all could. Returns
         "reward/<name>", the mean of what that source gave before weighing, and "reward/<name>/std" (0 where it

@@ -28,7 +28,7 @@ def algebra_installed() -> bool:
 
 
 class Algebra(Program):
-    """math-verify in a child that stays from one comparison to the next; after a hang or a crash the next starts another.
+    """math-verify in a child that stays from one comparison to the next; after a hang or a crash there is another.
 
     The child may use memory and time up to its limits, writes no file and starts no process. It runs the library, not
     Python that a model wrote.

@@ -44,8 +44,8 @@ _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|(?<=\S)\s+I hope\b")
 
 
 def stated_answer(text: str) -> str | None:
-    r"""The answer that a text ends with: the last \boxed{…}, what follows ####, what follows the last "answer is", or the
-    last line. As it was written, but without dollar signs around it. None if the text says nothing.
+    r"""The answer that a text ends with: the last \boxed{…}, what follows ####, what follows the last "answer is", or
+    the last line. As it was written, but without dollar signs around it. None if the text says nothing.
     """
     marked = marked_answer(text)
     if marked is not None:
@@ -100,7 +100,7 @@ def _words(text: str) -> str:
 _ONE_LETTER = r"\(?\[?\{?(?P<letter>[A-J])\}?\]?\)?"
 _LETTER_STATED = re.compile(
     r"(?:(?i:answer|option|choice|choose|select|pick|answered|it'?s|must\s+be))"
-    r"(?:\s+(?i:is|should\s+be|would\s+be|must\s+be|option|choice|letter|to\s+go\s+with|with)|\s*[:=\-–])*"  # noqa: RUF001
+    r"(?:\s+(?i:is|should\s+be|would\s+be|must\s+be|option|choice|letter|to\s+go\s+with|with)|\s*[:=\-–])*"
     rf"[\s*_\"'$]*(?:\\(?:text|textbf|mathbf|mathrm|boxed)\{{)*[\s*_\"'$]*{_ONE_LETTER}(?![A-Za-z'])"
     r"(?P<rest>[^\n]{0,40})"
 )
@@ -157,7 +157,7 @@ def _letter_of(answer: str, choices: Sequence[str], otherwise: str) -> str:
     raise Unread(otherwise)
 
 
-_UNICODE = str.maketrans({"−": "-", "–": "-", "—": "-", "×": "*", "⁄": "/", "\u00a0": " ", "\u202f": " "})  # noqa: RUF001
+_UNICODE = str.maketrans({"−": "-", "–": "-", "—": "-", "×": "*", "⁄": "/", "\u00a0": " ", "\u202f": " "})
 _MIXED = re.compile(r"(?P<sign>[-+]?)\s*(?P<whole>\d+)\s+(?P<above>\d+)/(?P<below>\d+)")
 _AMOUNT = re.compile(
     r"(?<![\w.])[-+]?\s?(?:\\?\$|€|£|¥|USD\s?)?\s?(?:\d+\s+\d+/\d+|\d[\d,]*(?:\.\d+)?(?:\s?/\s?\d+)?|\.\d+)(?:\s*\\?%)?"
@@ -206,7 +206,7 @@ def read_number(text: str) -> Fraction | None:
     whole = _amount(side)
     if whole is not None:
         return whole
-    if re.search(r"\d\s*(?:\^(?!\{?\\circ)|\*|\\times|\\cdot|\+|[-–]\s*\d|_)|\\sqrt|\\pi|[a-z]\s*\^|\de\d", side):  # noqa: RUF001
+    if re.search(r"\d\s*(?:\^(?!\{?\\circ)|\*|\\times|\\cdot|\+|[-–]\s*\d|_)|\\sqrt|\\pi|[a-z]\s*\^|\de\d", side):
         return None
     amounts = _amounts(side)
     return amounts[0] if len(amounts) == 1 else None
@@ -233,7 +233,7 @@ def _amount(text: str) -> Fraction | None:
 
 
 def _grouped(text: str) -> str:
-    r"""A text in which the thousands of a number stand together: `11,\! 111` and `11{,}111` are `11,111`, `11 111` 11111."""
+    r"""A text in which the thousands of a number stand together: `11,\! 111` becomes `11,111`, and `11 111` 11111."""
     plain = re.sub(r",\\!\s*(?=\d{3})", ",", text).replace(r"\!", "").replace("{,}", ",")
     plain = re.sub(r"(?<=\d)(?:\\[,;: ])(?=\d{3}(?!\d))", "", plain)
     return re.sub(r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/])", lambda found: found[0].replace(" ", ""), plain)
@@ -256,8 +256,8 @@ _QUANTITY = re.compile(
 def check_math(text: str, gold: str, compare: Compare | None = None) -> Finding:
     r"""Whether the answer that a text states means what `gold`, in LaTeX or plain, means.
 
-    Numbers are compared exactly, words as words, and numerals of a base by their digits and it; `compare` is asked about
-    the rest. Without it the rest cannot be read. `gold` is the answer itself.
+    Numbers are compared exactly, words as words, and numerals of a base by their digits and it; `compare` is asked
+    about the rest. Without it the rest cannot be read. `gold` is the answer itself.
     """
     try:
         said, wanted = plain_math(stated_formula(text)), plain_math(bare(gold))
@@ -267,12 +267,12 @@ def check_math(text: str, gold: str, compare: Compare | None = None) -> Finding:
 
 
 def stated_formula(text: str) -> str:
-    """`stated_answer`, of a last line that is a sentence only its last formula, or else its last number. Raises Unread."""
+    """`stated_answer`; of a last line that is a sentence the last formula, or else the last number. Raises Unread."""
     said = stated_answer(text)
     if not said:
         raise Unread("it says nothing")
     if marked_answer(text) is None and not stated_after(text):
-        if formulas := [match for match in _DOLLARS.finditer(said)]:
+        if formulas := list(_DOLLARS.finditer(said)):
             said = next(group for group in formulas[-1].groups() if group is not None)
         elif _PLAIN_WORD.search(_IN_TEXT.sub("", said)) and (amounts := _AMOUNT.findall(said)):
             said = amounts[-1].strip()

@@ -150,7 +150,8 @@ def test_columns_that_fit_no_form_are_listed_with_those_that_would(schema: Schem
         "sft": "messages, or prompt or question with response, response_j, completion or chosen, or question with "
         "answer",
         "preference": "prompt or question with chosen and rejected, or with response_j and response_k",
-        "prompt": "prompt, question or messages",
+        "prompt": "prompt, question, problem or messages, or question with choices or options, text or prompt with "
+        "test_list, or prompt with test and entry_point",
     }
     expected = (
         f"f:7: the columns {', '.join(columns.split())} do not make rows of the schema {schema}, which needs "
