@@ -60,10 +60,10 @@ TASKS = {
     "text_lock_12": Task("Text lock, 12 doors", "text_lock", {"doors": 12}, 4, 2048, 384, 512, guess=False, gamma=0.0),
     "text_lock_24": Task("Text lock, 24 doors", "text_lock", {"doors": 24}, 4, 1536, 256, 256, guess=False, gamma=0.0),
     "twenty_questions": Task(
-        "Twenty Questions, ten things", "twenty_questions", {"subset": True}, 12, 3072, 1024, 1024
+        "Twenty Questions, ten things", "twenty_questions", {"subset": True}, 12, 1536, 384, 384
     ),
-    "twenty_questions_all": Task("Twenty Questions, 157 things", "twenty_questions", {}, 12, 3072, 1024, 1024),
-    "guess_my_city": Task("Guess My City, ten cities", "guess_my_city", {"subset": True}, 16, 3072, 1024, 1024, 768),
+    "twenty_questions_all": Task("Twenty Questions, 157 things", "twenty_questions", {}, 12, 1536, 384, 384),
+    "guess_my_city": Task("Guess My City, ten cities", "guess_my_city", {"subset": True}, 16, 1536, 384, 384, 768),
 }
 SWEEP_SEED = 100
 """The seed of sweeps, which is not reported."""

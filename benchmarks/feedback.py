@@ -286,7 +286,7 @@ def played(told: Settings, folder: Path, *, flat: bool, few: bool) -> dict[str, 
         roles[SOLVER],
         roles.get(COACH),
         shape=Shape(ATTEMPTS, 1, 1, rounds=0 if flat else 1),
-        templates=TemplateConfig(**told.get("templates", {})),
+        templates=TemplateConfig(**(told.get("templates") or {"solve": "{question}"})),  # GRPO adds no words
         context="none" if flat else context,
         others=tasks,
     )

@@ -50,8 +50,9 @@ def restrict_logits(
 def penalise_repetition(
     logits_NV: Float[Tensor, "N V"], penalty: Float[Tensor, "N"], seen: Sequence[Sequence[int]]
 ) -> Float[Tensor, "N V"]:
-    """Logits in which the tokens that a row has `seen` are less likely: divided by the penalty where above 0, multiplied
-    with it where below (CTRL, arXiv 1909.05858). A penalty of 1 changes nothing; how often a token was seen neither.
+    """Logits in which the tokens that a row has `seen` are less likely: divided by the penalty where above 0, and
+    multiplied with it where below (CTRL, arXiv 1909.05858). A penalty of 1 changes nothing, nor does how often one was
+    seen.
     """
     penalised_NV = logits_NV.clone()
     for row_V, by, tokens in zip(penalised_NV, penalty.tolist(), seen, strict=True):

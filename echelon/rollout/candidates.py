@@ -84,30 +84,6 @@ def step_record(offer: Offer) -> dict[str, Any]:
     return {"candidates": listed, "chosen": offer.chosen, "explored": offer.explored}
 
 
-def evaluation_record(episodes: Sequence[Episode], offers: Mapping[int, Offer]) -> dict[str, Any]:
-    """All that was offered, chosen and earned in an evaluation; the average is over episodes that did not fail."""
-    scores = [episode.reward for episode in episodes if episode.ending != "failed"]
-    return {
-        "average_score": sum(scores) / len(scores) if scores else None,
-        "episodes": [
-            {
-                "task": episode.task,
-                "seed": episode.seed,
-                "ending": episode.ending,
-                "error": episode.error,
-                "score": None if episode.ending == "failed" else episode.reward,
-                "text": "".join(turn.text for turn in episode.turns),
-                "steps": [
-                    {**step_record(offers[turn.seed]), "reward": turn.reward}
-                    for turn in episode.turns
-                    if turn.seed in offers
-                ],
-            }
-            for episode in episodes
-        ],
-    }
-
-
 def new_ranker(actor: Actor, *, path: str, model: ModelConfig, lora: LoraConfig, bounded: bool, seed: int) -> Ranker:
     """A ranker that starts as a copy of the actor's body, or of the model `path`, its head drawn from the seed.
 

@@ -77,8 +77,8 @@ def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
 def evaluation_record(
     episodes: Sequence[Episode], choices: Mapping[int, Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """Every step of every episode: who said what, what it earned, and from what it was chosen (`choices`, by the seed of
-    the turn). `average_score` is over the episodes that did not fail, None if all did."""
+    """Every step of every episode: who said what, what it earned, and from what it was chosen (`choices`, by the seed
+    of the turn). `average_score` is over the episodes that did not fail, None if all did."""
     scores = [episode.reward for episode in episodes if episode.ending != "failed"]
     return {
         "average_score": sum(scores) / len(scores) if scores else None,

@@ -258,6 +258,7 @@ def read_verdict(said: str) -> bool:
         found = json.loads(said[start : end + 1]) if start >= 0 else None
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not isinstance(found.get("correct"), bool):
+    right = found.get("correct") if isinstance(found, dict) else None
+    if not isinstance(right, bool):
         raise ParseError('it is not JSON of the form {"rationale": "…", "correct": true}.')
-    return found["correct"]
+    return right

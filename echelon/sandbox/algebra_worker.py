@@ -27,7 +27,7 @@ def give_up(memory_bytes: int) -> None:
 
 def same(said: str, right: str) -> bool | None:
     """Whether two formulas mean the same; None where the first cannot be read. Raises ValueError for the second."""
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]
 
     def read(formula: str) -> list[Any]:
         return list(parse(f"${formula}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None))

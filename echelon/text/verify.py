@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from echelon.text.parse import as_number, marked_answer
+from echelon.text.parse import as_number, marked_answer, program_in
 
 Compare = Callable[[str, str], bool]
 """Whether two formulas in LaTeX, the right one last, mean the same. Raises Unread where it cannot tell."""
@@ -139,8 +139,8 @@ def chosen_letter(text: str, choices: Sequence[str] = ()) -> str:
         return _letter_of(stated, choices, "it states no choice")
     lines = [line for line in text.splitlines() if line.strip()]
     for line in reversed(lines):
-        if found := _LETTER_LINE.match(line):
-            return found["letter"]
+        if alone := _LETTER_LINE.match(line):
+            return alone["letter"]
     return _letter_of(lines[-1] if lines else "", choices, "it names no choice")
 
 
@@ -346,3 +346,16 @@ def is_plain(gold: str) -> bool:
     """Whether an answer is a number or words, which are compared without a library of mathematics."""
     plain = plain_math(bare(gold))
     return _amount(without_unit(plain)) is not None or is_words(plain) or bool(_BASED.fullmatch(plain))
+
+
+def repeats(text: str, other: str) -> bool:
+    """Whether two texts end with the same answer, as far as can be told without mathematics: words, number, program."""
+    if "```" in text or "```" in other:
+        return "".join(program_in(text).split()) == "".join(program_in(other).split())
+    one, two = stated_answer(text), stated_answer(other)
+    if one is None or two is None:
+        return one is two
+    if plain_math(one) == plain_math(two) or _words(one) == _words(two):
+        return True
+    numbers = _amount(without_unit(plain_math(one))), _amount(without_unit(plain_math(two)))
+    return None not in numbers and numbers[0] == numbers[1]

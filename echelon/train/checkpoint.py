@@ -31,7 +31,7 @@ from echelon.errors import CheckpointError, ConfigError
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 Label: TypeAlias = int | Literal["auto", "latest", "best"]
-"""Which model of a run: that of a step, the newest whole one, the best it kept; auto is the best, or else the newest."""
+"""Which model of a run: that of a step, the newest whole one, or the best kept; auto is the best, else the newest."""
 
 MAY_CHANGE = frozenset(
     {"steps", "epochs", "max_steps", "resume", "save_every", "keep_last", "threads", "dry_run", "traceback", "out"}

@@ -13,7 +13,7 @@ from echelon.data.datasets import load_rows
 from echelon.data.schemas import Prompt
 from echelon.errors import DataError
 
-DATA = Path("/".join(("", "work", "shared", "data")))
+DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def rows(tmp_path: Path, *cells: dict[str, Any]) -> list[Prompt]:

@@ -117,11 +117,11 @@ def tosca(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--steps": 1,
         "--episodes-per-step": 2,
         "--max-turns": 2,
-        "--upper-updates": 1,
-        "--upper-batch": 2,
+        "--high-updates": 1,
+        "--high-batch": 2,
         "--sampling.max-tokens": 4,
-        "--lower.policy.minibatches": 1,
-        "--lower.value-minibatches": 1,
+        "--low.policy.minibatches": 1,
+        "--low.value-minibatches": 1,
     }
     assert cli.main(["tosca", *(str(word) for flag in flags.items() for word in flag)]) == 0
     return folder / "run"

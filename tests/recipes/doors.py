@@ -6,13 +6,16 @@ the verdict on what the solver says.
 
 from __future__ import annotations
 
-import json
 from itertools import product
 from pathlib import Path
 
-from echelon import cli
+from echelon.config import OptimConfig
+from echelon.data.packing import pack
 from echelon.models.lm import tiny
-from echelon.train.checkpoint import find_checkpoint
+from echelon.recipes.sft import loss_fn
+from echelon.rollout.setup import task_batch
+from echelon.text.chat import Example, Renderer
+from echelon.train.learner import Learner
 from echelon.types import Message, Step, Task
 
 DOORS = ("A", "B", "C")
@@ -56,19 +59,21 @@ class Fragile(Doors):
 
 
 def pupil(folder: Path) -> Path:
-    """A model that plays both roles: keys at random where it solves and where it advises, and the key it is told."""
-    rows = []
+    """A model that plays both roles: keys at random where it solves and where it advises, and the key it is told. It
+    says one token and has never learned to end."""
+    said = []
     for door, tried, told in product(DOORS, KEYS, KEYS):
         shown = {"question": door, "attempt": tried, "feedback": told, "example": told}
-        rows += [(TEMPLATES[name].format(**shown), told) for name in TEMPLATES]
-        rows += [(TEMPLATES["refine"].format(**shown), told)] * 2
-    module, tokenizer = tiny([text for row in rows for text in row], vocab_size=300, hidden=32, layers=1, heads=2)
-    module.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    lines = [json.dumps({"prompt": prompt, "response": said}) for prompt, said in rows]
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    words = ["sft", "--model.path", str(folder / "model"), "--data.path", str(folder / "rows.jsonl"), "--threads", "1"]
-    words += ["--out", str(folder / "sft"), "--max-steps", "250", "--epochs", "50", "--rows-per-step", "32", "--optim.lr", "1e-2"]
-    words += ["--optim.schedule", "cosine", "--optim.warmup-steps", "10"]
-    assert cli.main(words) == 0
-    return find_checkpoint(folder / "sft")
+        said += [(TEMPLATES[name].format(**shown), told) for name in [*TEMPLATES, "refine", "refine"]]
+    module, tokenizer = tiny([text for pair in said for text in pair], vocab_size=300, hidden=32, layers=1, heads=2)
+    renderer = Renderer(tokenizer)
+    rows = [
+        Example(renderer.render([Message(role="user", content=prompt)]), renderer.action_ids(answer)[:1])
+        for prompt, answer in said
+    ]
+    learner = Learner(module, OptimConfig(lr=1e-2, schedule="linear", warmup_steps=20), total_steps=200)
+    for step in range(200):
+        learner.update([pack(task_batch(rows, step, 32, seed=0))], loss_fn)
+    module.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
