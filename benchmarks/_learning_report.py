@@ -15,8 +15,8 @@ from typing import Any
 from _learning_run import read_rows
 from _learning_setup import METHODS, TASKS, Settings
 
-SMOOTH = 3
-"""Tests that are averaged, the newest with those before it, in every curve."""
+LEARNED = 0.05
+"""The part of the way from the warm start to the optimum that a baseline must have come to be one to be reached."""
 COLORS = {
     "filtered_bc": "tab:gray",
     "grpo": "tab:orange",
@@ -45,7 +45,9 @@ def report(task: str, methods: Sequence[str], folder: Path, out: Path) -> Settin
     runs = {method: read_runs(folder / "runs" / method) for method in methods}
     runs = {method: found for method, found in runs.items() if found}
     found = {method: summarise(method, folder, some, start["warm"]) for method, some in runs.items()}
-    flats = {method: found[method]["final"]["median"] for method in found if METHODS[method].flat}
+    least = start["warm"] + LEARNED * (start["optimum"] - start["warm"])
+    ends = {method: one["final"]["median"] for method, one in found.items() if METHODS[method].flat}
+    flats = {method: end for method, end in ends.items() if end >= least}
     for one in found.values():
         one["reaches"] = {flat: reaching(one["curve"], flats[flat]) for flat in flats}
         needed = one["reaches"]
@@ -54,7 +56,7 @@ def report(task: str, methods: Sequence[str], folder: Path, out: Path) -> Settin
     best = max(flats, key=lambda flat: flats[flat], default=None)
     ratios = [found[name]["ratio"][best] or 0.0 for name in ("archer", "rank") if best and name in found]
     chance = {name: start[name] for name in ("warm", "chance", "optimum")}
-    whole = {"task": task, **chance, "best_baseline": best, "methods": found}
+    whole = {"task": task, **chance, "best_baseline": best, "baselines": flats, "methods": found}
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{task}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     (out / f"{task}.md").write_text(tables(whole), encoding="utf-8")
@@ -125,8 +127,8 @@ def summarise(method: str, folder: Path, runs: Sequence[Mapping[str, Any]], warm
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Each with those just before it."""
-    return [mean(values[max(0, end - SMOOTH) : end]) for end in range(1, len(values) + 1)]
+    """The mean of each with the one before and the one after it."""
+    return [mean(values[max(0, place - 1) : place + 2]) for place in range(len(values))]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -164,7 +166,9 @@ def tables(whole: Mapping[str, Any]) -> str:
             f"| {one['title']} | {one['seeds']} | {one['episodes']:,} | {one['cpu']:.0f} | {shown(one['final'])} "
             f"| {alone} | {taken} |"
         )
-    flats = [name for name in whole["methods"] if METHODS[name].flat]
+    flats = list(whole["baselines"])
+    if not flats:
+        return "\n".join(lines) + "\n"
     lines += ["", "| episodes until the final return of | " + " | ".join(METHODS[name].title for name in flats) + " |"]
     lines.append("|---|" + "---|" * len(flats))
     for one in whole["methods"].values():
@@ -207,7 +211,9 @@ def draw(path: Path, whole: Mapping[str, Any]) -> None:
         axes.axhline(whole["chance"], color="black", linestyle=":", linewidth=1)
         axes.set(xlabel=label)
     both[0].set(ylabel="return of test games", title=TASKS[whole["task"]].title)
-    both[0].set_xscale("symlog", linthresh=min(one["curve"][1]["episodes"] for one in whole["methods"].values()))
+    both[0].set_xscale(
+        "symlog", linthresh=min((one["curve"][1]["episodes"] for one in whole["methods"].values()), default=1)
+    )
     both[0].set_xlim(left=0)
     for axes in both:
         axes.annotate("optimum", (0.01, whole["optimum"]), xycoords=("axes fraction", "data"), fontsize=7, va="top")

@@ -126,11 +126,12 @@ def start_jobs(args: Args, folder: Path) -> list[Job]:
 
 def sweep_jobs(args: Args, folder: Path) -> list[Job]:
     """Every point of the sweep of every method, on the seed of sweeps."""
+    points = (QUICK if args.quick else FULL).points
     return [
         run_job(args, folder, method, point, folder / "sweep" / method / f"point_{number}", seed=SWEEP_SEED)
         for number in range(max(len(METHODS[method].sweep) for method in args.methods))
         for method in args.methods
-        for point in METHODS[method].sweep[number : number + 1]
+        for point in METHODS[method].sweep[:points][number : number + 1]
     ]
 
 

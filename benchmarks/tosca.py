@@ -8,12 +8,13 @@ All variants begin as the same tiny responder, which has imitated replies that f
 play the same number of dialogues with a user who can be helped only in the order its hidden need asks for. `joint` is
 the loop; `random` chooses strategies by chance; `alone` has no strategies at all; `sequential` lets the responder learn
 first and then the strategist, as the published code did; `gamma_0` is joint with a strategist that looks no further
-than the next answer; `alone_far` has no strategies and a responder that answers for the rest of the dialogue. Every
-run is a process of its own on one thread. Curves are of test users that nobody has met in training, strategies as Q
-likes them best; episodes on the axis are dialogues of training.
+than the next answer. In `joint_far` and `alone_far`, the same as joint and alone, a reply also answers for what the
+replies after it earn. Every run is a process of its own on one thread. Curves are of test users that nobody has met in
+training, strategies as Q likes them best; episodes on the axis are dialogues of training.
 
 OUT/tosca.json has everything, OUT/tosca_return.png and OUT/tosca_solved.png the curves, OUT/tosca.md the table; the
-last line is JSON: `ratio` is the final return of joint over that of the best other variant, medians over seeds.
+last line is JSON: `ratio` is the final return of joint over that of the best of those that are simpler, medians over
+seeds, `ratio_far` that of joint_far over alone_far.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ LEARNS: dict[str, object] = {
     "epsilon": 0.6,
     "high-updates": 4,
     "high-batch": 32,
+    "high.target-every": 5,
+    "low.shaping.kl-coef": 0.1,
     "low.policy.optim.lr": 3e-4,
     "low.policy.minibatches": 2,
     "low.value-optim.lr": 1e-3,
@@ -66,15 +69,18 @@ VARIANTS: dict[str, dict[str, object]] = {
     "random": {"choose": "random", "mode": "lower"},
     "alone": {"choose": "none", "mode": "lower"},
     "gamma_0": {"high.gamma": 0},
+    "joint_far": {"low.horizon": "episode"},
     "alone_far": {"choose": "none", "mode": "lower", "low.horizon": "episode"},
 }
 """What each is told besides; the first is what the others are compared with."""
+SIMPLER = ("sequential", "random", "alone", "gamma_0")
 TITLES = {
     "joint": "joint",
     "sequential": "one level after the other",
     "random": "random strategies",
     "alone": "responder alone",
     "gamma_0": "joint, γ = 0",
+    "joint_far": "joint, credit over turns",
     "alone_far": "responder alone, credit over turns",
 }
 COLORS = {
@@ -83,12 +89,15 @@ COLORS = {
     "random": "tab:green",
     "alone": "tab:brown",
     "gamma_0": "tab:red",
+    "joint_far": "tab:cyan",
     "alone_far": "tab:pink",
 }
 MEASURES = {"return": "reward/mean", "solved": "dialogue/win", "satisfaction": "dialogue/satisfaction"}
 """What is told of an evaluation, and what it is called in metrics.jsonl behind "eval/"."""
-LAST = 2
-"""Evaluations that the final numbers are means of."""
+TESTED = {"return": "return", "solved": "win", "satisfaction": "satisfaction"}
+"""The same in summary.json of the last test."""
+TESTS = 180
+"""Dialogues of the last test, which the final numbers are of: each of the test users five times."""
 
 
 @dataclass(kw_only=True)
@@ -145,10 +154,18 @@ def make_start(args: Args) -> None:
 
 
 def run(args: Args, variant: str, seed: int) -> None:
-    """One run, begun or gone on with, unless it is finished."""
+    """One run, begun or gone on with, and its last test, unless they are finished."""
     out = args.out / "runs" / variant / f"seed_{seed}"
-    if (out / "done.json").exists():
-        return
+    if not (out / "done.json").exists():
+        train(args, variant, seed, out)
+    if not (out / "test" / "summary.json").exists():
+        told = {"env": "dialogue", "model.path": out, "out": out / "test", "episodes": 4 if args.quick else TESTS}
+        told |= {"max-turns": LEARNS["max-turns"], "max-tokens": LEARNS["sampling.max-tokens"], "threads": 1}
+        command(["evaluate", "--env-settings", f"strategies={STRATEGIES}", *flags(told)], out.with_suffix(".log"))
+
+
+def train(args: Args, variant: str, seed: int, out: Path) -> None:
+    """The learning of a run."""
     told = {**LEARNS, **VARIANTS[variant], "steps": args.steps, "seed": seed}
     if args.quick:
         told |= {"episodes-per-step": 2, "eval-every": 1, "eval-episodes": 2, "high-updates": 1, "max-turns": 2}
@@ -176,7 +193,7 @@ def command(words: Sequence[str], log: Path) -> float:
     The process is forked from one that has imported everything, which takes longer than some of the runs.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["echelon.recipes.tosca", "echelon.recipes.sft", "echelon.models.lm"])
+    context.set_forkserver_preload([f"echelon.recipes.{name}" for name in ("tosca", "sft", "evaluate")])
     receives, sends = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(list(words), log, sends))
     process.start()
@@ -208,13 +225,18 @@ def report(args: Args) -> dict[str, Any]:
     for measure, title in (("return", "satisfaction summed over a dialogue"), ("solved", "users who were helped")):
         draw(args.out / f"tosca_{measure}.png", whole, measure, title)
     ends = {variant: one["final"]["return"]["median"] for variant, one in found.items()}
-    others = [value for variant, value in ends.items() if variant != "joint"]
-    ratio = round(ends["joint"] / max(others), 3) if others and "joint" in ends else None
-    return {"ratio": ratio, "final": ends, "seeds": {variant: one["seeds"] for variant, one in found.items()}}
+    ratios = {"ratio": over(ends, "joint", SIMPLER), "ratio_far": over(ends, "joint_far", ("alone_far",))}
+    return {**ratios, "final": ends, "seeds": {variant: one["seeds"] for variant, one in found.items()}}
+
+
+def over(ends: Mapping[str, float], variant: str, others: Sequence[str]) -> float | None:
+    """What a variant ends with, as a multiple of the best of others; None where one is missing."""
+    found = [ends[other] for other in others if ends.get(other)]
+    return round(ends[variant] / max(found), 3) if found and variant in ends else None
 
 
 def finished(folder: Path) -> list[dict[str, Any]]:
-    """The finished runs of a variant, by seed: evaluations, CPU seconds, settings."""
+    """The finished runs of a variant, by seed: evaluations, the last test, CPU seconds, settings."""
     runs = []
     for path in sorted(folder.glob("seed_*/done.json"), key=lambda path: int(path.parent.name.removeprefix("seed_"))):
         done = json.loads(path.read_text(encoding="utf-8"))
@@ -225,7 +247,10 @@ def finished(folder: Path) -> list[dict[str, Any]]:
             for row in rows
             if "eval/reward/mean" in row
         ]
-        runs.append({"tests": tests, **done})
+        summary = path.parent / "test" / "summary.json"
+        if summary.exists():
+            last = json.loads(summary.read_text(encoding="utf-8"))["estimates"]
+            runs.append({"tests": tests, "last": {name: last[key]["mean"] for name, key in TESTED.items()}, **done})
     return runs
 
 
@@ -235,7 +260,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         {"episodes": tests[0]["episodes"], **{name: spread([test[name] for test in tests]) for name in MEASURES}}
         for tests in zip(*(run["tests"] for run in runs), strict=True)
     ]
-    ends = {name: [mean(test[name] for test in run["tests"][-LAST:]) for run in runs] for name in MEASURES}
+    ends = {name: [run["last"][name] for run in runs] for name in MEASURES}
     return {
         "seeds": len(runs),
         "cpu": median(run["cpu"] for run in runs),

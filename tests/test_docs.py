@@ -162,7 +162,7 @@ def defaults(recipe: str) -> Any:
     """The settings of a recipe to which only what has no default was given."""
     known = _settings(config_of(recipe))
     needed = {"--out": "x", "--model.path": "x", "--adapter": "x", "--env" if "env" in known else "--data.path": "x"}
-    needed["--responder.path"] = "x"
+    needed |= {"--responder.path": "x", "--solver.model.path": "x"}
     return load(
         config_of(recipe), [], [word for flag in needed.items() if flag[0][2:] in known for word in map(str, flag)]
     )

@@ -16,13 +16,12 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +36,7 @@ from echelon.config import (
     require,
     to_yaml,
 )
-from echelon.data.packing import Batch, CriticBatch, Said, pack, pack_branches, pack_transitions
+from echelon.data.packing import Batch, Sampled, pack, pack_branches
 from echelon.data.recorded import read_transitions
 from echelon.data.replay import Replay, Transition, examples, mc_returns, transitions
 from echelon.envs import EnvSpec
@@ -51,10 +50,10 @@ from echelon.rollout.evaluate import rollout_metrics, summarise
 from echelon.rollout.plays import env_loop
 from echelon.rollout.roles import Role, answer_all, collect
 from echelon.rollout.setup import Actor, describe, open_actor, open_env, set_threads, task_batch
-from echelon.sampling.best_of import BestOf, critic_score
+from echelon.sampling.candidates import Chooser, critic_score
 from echelon.seeds import derive_seed
 from echelon.train.checkpoint import Checkpoints, Saveable
-from echelon.train.critic import baseline_loss, bootstrap_, critic_loss, judge
+from echelon.train.critic import asked_states, baseline_loss, critic_loss, judge, with_targets
 from echelon.train.learner import Learner, Weights, average
 from echelon.train.log import Log, episode_rows
 from echelon.train.policy import PolicyConfig, passes, starting_policy, update_policy
@@ -267,10 +266,10 @@ class Levels:
     baseline: Learner | None
 
     def parts(self) -> dict[str, Saveable]:
-        """Everything that must survive a kill."""
+        """Everything that must survive a kill. An adapter knows its own start, so it needs no copy of it."""
         found: dict[str, Saveable] = {"actor": self.policy, "critic": self.critic}
         found |= {"target": Weights(self.target), "replay": self.replay}
-        if self.reference is not None:
+        if self.reference is not None and self.reference is not self.policy.module:
             found["reference"] = Weights(self.reference)
         if self.baseline is not None:
             found["baseline"] = self.baseline
@@ -310,9 +309,8 @@ def player(cfg: Config, env: EnvSpec | None, levels: Levels) -> Callable[[int], 
     """
     if env is None:
         return lambda step: []
-    chooser = BestOf(
-        levels.role.sampler, critic_score(levels.online, tokens_per_pass=cfg.tokens_per_pass), cfg.candidates
-    )
+    score = critic_score(levels.online, tokens_per_pass=cfg.tokens_per_pass)
+    chooser = Chooser(levels.role.sampler, score, cfg.candidates)
     choosing = Role("actor", chooser, levels.role.renderer, levels.role.params)
     alone, both = (env_loop(env.make, role, max_turns=cfg.max_turns) for role in (levels.role, choosing))
     tasks = env.tasks("test" if cfg.offline else "train")
@@ -324,7 +322,9 @@ def player(cfg: Config, env: EnvSpec | None, levels: Levels) -> Callable[[int], 
             chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
         played_by = both if cfg.candidates > 1 and step >= cfg.warmup_steps else alone
         seed = derive_seed(cfg.seed, step)
-        return asyncio.run(collect(chosen, played_by, seed=seed, error_budget=cfg.error_budget))
+        episodes = asyncio.run(collect(chosen, played_by, seed=seed, error_budget=cfg.error_budget))
+        chooser.take()  # what was not said is not learned from
+        return episodes
 
     return play
 
@@ -341,18 +341,21 @@ def remember(cfg: Config, step: int, episodes: Sequence[Episode], replay: Replay
 
 def update_critic(cfg: Config, step: int, levels: Levels) -> dict[str, float]:
     """The high level: twin Q towards r + γ·V̄(s'), twin V towards Q̄(s, a′), the target network following."""
-    logged = []
+    logged, loss_fn = [], partial(critic_loss, expectile=cfg.expectile)
     for done in range(0, cfg.critic_updates, cfg.fresh_updates):
         seed = derive_seed(cfg.seed, "critic", step, done)
         updates = min(cfg.fresh_updates, cfg.critic_updates - done)
         drawn = levels.replay.sample_episodes(cfg.critic_episodes * updates, seed=seed)
-        asked = [asked_states(cfg, episode, derive_seed(seed, number)) for number, episode in enumerate(drawn)]
-        states = [drawn[number][turn].state for number, turns in enumerate(asked) for turn in turns]
-        fresh: Iterator[Said] = iter(asyncio.run(answer_all(levels.role, states, seed=seed)))
-        for update in range(updates):
-            some = slice(update * cfg.critic_episodes, (update + 1) * cfg.critic_episodes)
-            batch = with_targets(cfg, levels.target, drawn[some], asked[some], fresh)
-            loss_fn = partial(critic_loss, expectile=cfg.expectile)
+        fresh = fresh_answers(cfg, levels.role, drawn, seed) if cfg.value_actions == "fresh" else None
+        for first in range(0, len(drawn), cfg.critic_episodes):
+            some = slice(first, first + cfg.critic_episodes)
+            batch = with_targets(
+                levels.target,
+                drawn[some],
+                None if fresh is None else fresh[some],
+                gamma=cfg.gamma,
+                tokens_per_pass=cfg.tokens_per_pass,
+            )
             logged.append(levels.critic.update(batch.split(cfg.tokens_per_pass), loss_fn))
             if cfg.target == "polyak":
                 bellman.polyak_(levels.target, levels.online, cfg.tau)
@@ -361,36 +364,14 @@ def update_critic(cfg: Config, step: int, levels: Levels) -> dict[str, float]:
     return {f"critic/{name}": value for name, value in average(logged).items()} if logged else {}
 
 
-def asked_states(cfg: Config, episode: Sequence[Transition], seed: int) -> list[int]:
-    """Which states of an episode V is learned at with a fresh action, in order."""
-    if cfg.value_actions == "replayed":
-        return []
-    if not cfg.fresh_states or cfg.fresh_states >= len(episode):
-        return list(range(len(episode)))
-    return sorted(np.random.default_rng(seed).choice(len(episode), cfg.fresh_states, replace=False).tolist())
-
-
-def with_targets(
-    cfg: Config,
-    target: UtteranceCritic,
-    episodes: Sequence[Sequence[Transition]],
-    asked: Sequence[Sequence[int]],
-    fresh: Iterator[Said],
-) -> CriticBatch:
-    """Rows of transitions, with what Q shall be at all of them and V where a fresh action was asked for."""
-    batch = pack_transitions([transition for episode in episodes for transition in episode])
-    batch = batch.to(next(target.parameters()).device)
-    q_2N = bootstrap_(batch, target, gamma=cfg.gamma)
-    if cfg.value_actions == "replayed":
-        batch.v_target = q_2N
-        return batch
-    begin_E = np.cumsum([0, *map(len, episodes)])
-    at = [int(begin) + turn for begin, turns in zip(begin_E[:-1], asked, strict=True) for turn in turns]
-    answers = pack_branches([next(fresh) for _ in at])
-    batch.v_target = torch.full_like(q_2N, math.nan)
-    batch.v_denom = float(len(at))
-    batch.v_target[:, at] = judge(target, answers, cfg.tokens_per_pass)[0].to(batch.v_target)
-    return batch
+def fresh_answers(
+    cfg: Config, role: Role, episodes: Sequence[Sequence[Transition]], seed: int
+) -> list[dict[int, Sampled]]:
+    """What the actor says now in the states of each episode that V is learned at, by the number of the turn."""
+    asked = [asked_states(len(found), cfg.fresh_states, derive_seed(seed, e)) for e, found in enumerate(episodes)]
+    states = [found[turn].state for found, turns in zip(episodes, asked, strict=True) for turn in turns]
+    said = iter(asyncio.run(answer_all(role, states, seed=seed)))
+    return [{turn: next(said) for turn in turns} for turns in asked]
 
 
 def update_actor(cfg: Config, step: int, levels: Levels, played: Batch) -> dict[str, float]:

@@ -6,12 +6,17 @@ Unlike in training the distribution may be cut (top_k, top_p) or reduced to its 
 evaluation.json (the average score, and of every episode what it scored, how it ended, and each step's text and reward;
 where a ranker or a critic picked among candidates, all of them, with what each was thought to be worth), episodes.jsonl
 and summary.json; those of an earlier evaluation are replaced only with --overwrite.
+
+With `rounds` a solver and a coach play instead: every problem is solved, remarked on and solved again so many times,
+whether or not an answer was right, and accuracy is reported for every turn (docs/rounds.md). Such an evaluation goes on
+where it was killed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -26,20 +31,27 @@ from echelon.config import ModelConfig, PlayConfig, SamplingConfig, demand, requ
 from echelon.data.recorded import transition_rows
 from echelon.envs import EnvSpec
 from echelon.envs.players import make_player
-from echelon.errors import CheckpointError
+from echelon.errors import CheckpointError, ConfigError
 from echelon.rollout.candidates import step_record
 from echelon.rollout.dialogue import RESPONDER, STRATEGIST, choice_record
 from echelon.rollout.evaluate import Estimate, bootstrap, evaluation_record, scripted_loop, summarise
+from echelon.rollout.feedback import SOLVER
 from echelon.rollout.levels import has_levels, open_dialogists
 from echelon.rollout.players import open_policy, speaker
 from echelon.rollout.plays import env_loop
 from echelon.rollout.rewards import open_rewards, open_tasks
 from echelon.rollout.roles import Role, collect
+from echelon.rollout.round_players import open_round_players, run_of, solver_path
+from echelon.rollout.rounds import RoundFiles, Row, check_failures, play_rounds
+from echelon.rollout.rounds_summary import summarise_rounds
 from echelon.rollout.setup import describe, set_threads
 from echelon.sampling.candidates import Chooser
 from echelon.train.checkpoint import Label
 from echelon.train.log import episode_rows
 from echelon.types import Episode, Play, SamplingParams
+
+EPISODES, MAX_TOKENS, MAX_PROMPT_TOKENS = 200, 32, 1024
+"""Where nobody says how many, and how long."""
 
 FOLDER = "model.path"
 """What a run directory or another model means that is named before the flags."""
@@ -60,8 +72,8 @@ class Config(PlayConfig):
     """The model, or a scripted player of the environment instead."""
     split: Literal["train", "test"] = "test"
     """Whose tasks are played."""
-    episodes: int = 200
-    """How many are played."""
+    episodes: int = 0
+    """How many are played; 0 plays 200, with `rounds` every problem once."""
     max_turns: int = 100
     """An episode is cut off after this many turns."""
     error_budget: float = 0.0
@@ -76,10 +88,10 @@ class Config(PlayConfig):
     """Above 1, tokens that the prompt or the utterance already has become less likely."""
     greedy: bool = False
     """Always take the most likely token, whatever the temperature."""
-    max_tokens: int = 32
-    """Longest utterance, in tokens."""
-    max_prompt_tokens: int = 1024
-    """Longest prompt, in tokens."""
+    max_tokens: int = 0
+    """Longest utterance, in tokens; 0 takes 32, with `rounds` that of training."""
+    max_prompt_tokens: int = 0
+    """Longest prompt, in tokens; 0 takes 1024, with `rounds` that of training."""
     stop: tuple[str, ...] = ()
     """An utterance ends as soon as its text contains one of these."""
     strategist: str = ""
@@ -87,6 +99,16 @@ class Config(PlayConfig):
     candidates: int = 0
     """The ranker of a rank run, or the critic of an ArCHer run, picks every utterance among this many; 1 lets the model
     say what it draws. 0 takes as many as a rank run was trained with, and 1 elsewhere."""
+    rounds: int = 0
+    """How often feedback and a new attempt follow a first attempt; 0 plays episodes as they are."""
+    attempts: int = 1
+    """First attempts at each problem (rounds); with more there is pass@k."""
+    coach: str = ""
+    """Who gives feedback (rounds): a run, a model folder or a hub id; empty is the coach of the run, or the model."""
+    context: Literal["", "coach", "none", "fixed", "stranger", "example"] = ""
+    """What comes between two attempts (rounds), in place of what did in training: the coach's words on the last one
+    (coach) or on another problem (stranger), the same words always (fixed), nothing (none), or before the first attempt
+    a worked example (example)."""
     transitions: str = ""
     """File to record every decision in, for `archer --offline`: one row per turn; one that is there is replaced."""
     overwrite: bool = False
@@ -97,8 +119,11 @@ class Config(PlayConfig):
         require(self, *(["model.path"] if self.player == "model" else []))
         because = "prompts have no scripted players. Leave player at model."
         demand(self, "player", self.player == "model" or bool(self.env), because)
-        for name in ("episodes", "max_turns", "max_tokens", "max_prompt_tokens"):
+        for name in ("max_turns", "attempts"):
             demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
+        for name in ("episodes", "max_tokens", "max_prompt_tokens", "rounds"):
+            demand(self, name, getattr(self, name) >= 0, "it is a count. Give 0 for the default, or more.")
+        _check_rounds(self)
         demand(self, "candidates", self.candidates >= 0, "they are counted. Give 1 to let the model say what it draws.")
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
         demand(self, "temperature", self.temperature >= 0, "probabilities would be turned around. Give 0 or more.")
@@ -108,6 +133,19 @@ class Config(PlayConfig):
         demand(self, "stop", "" not in self.stop, "every text contains the empty text. Leave it out.")
         at = not isinstance(self.label, int) or self.label >= 0
         demand(self, "label", at, "steps are counted from 0. Give one of those in <run>/checkpoints.")
+
+
+def _check_rounds(cfg: Config) -> None:
+    """What goes with rounds of feedback and what does not."""
+    for name in ("attempts", "coach", "context"):
+        set_at_all = getattr(cfg, name) not in ("", 1)
+        demand(cfg, name, not set_at_all or cfg.rounds > 0, "it is about rounds of feedback. Give --rounds, too.")
+    demand(cfg, "player", cfg.player == "model" or not cfg.rounds, "no script solves problems. Leave rounds out.")
+    for name in ("transitions", "strategist", "candidates"):
+        because = "a solver and a coach play in rounds. Leave one of the two out."
+        demand(cfg, name, not (getattr(cfg, name) and cfg.rounds), because)
+    because = "a worked example comes before the one and only attempt. Give 1, or another context."
+    demand(cfg, "rounds", cfg.rounds <= 1 or cfg.context != "example", because)
 
 
 @dataclass(slots=True)
@@ -123,22 +161,28 @@ class Players:
 
 def main(cfg: Config) -> None:
     """Play, print a table, write the files."""
+    if cfg.rounds:
+        return evaluate_rounds(cfg)
+    if cfg.player == "model" and run_of(solver_path(cfg.model.path, cfg.label)):
+        raise ConfigError(f"rounds = 0: {cfg.model.path} learned to solve with feedback. Give --rounds 1, or more.")
     folder = speaker(cfg.model.path, cfg.label) if cfg.player == "model" else ""
-    out = results(cfg, Path(folder))
+    out = results(cfg, Path(folder), cfg.split)
     check_out(out, overwrite=cfg.overwrite)
     env, rewards = open_tasks(cfg), open_rewards(cfg)
     who = open_players(cfg, env, folder)
     set_threads(cfg.threads, next(iter(who.modules.values()), None))
     if cfg.dry_run:
-        return describe(who.modules, tokens_per_step=cfg.episodes * cfg.max_turns * cfg.max_tokens * bool(who.roles))
+        most = (cfg.episodes or EPISODES) * cfg.max_turns * (cfg.max_tokens or MAX_TOKENS)
+        return describe(who.modules, tokens_per_step=most * bool(who.roles))
 
     tasks = env.tasks(cfg.split)
-    chosen = [tasks[place % len(tasks)] for place in range(cfg.episodes)]
+    chosen = [tasks[place % len(tasks)] for place in range(cfg.episodes or EPISODES)]
     episodes = asyncio.run(collect(chosen, who.play, seed=cfg.seed, error_budget=cfg.error_budget))
     rewards.add(episodes)
 
     found = estimates(episodes, tokens=bool(who.roles))
-    Console().print(table(cfg, found))
+    failed = sum(episode.ending == "failed" for episode in episodes)
+    Console().print(table(cfg, found, cfg.split, failed=failed, of=len(episodes)))
     decode = {role.name: role.renderer.decode for role in who.roles} or None
     record = evaluation_record(episodes, who.choices())
     write(out, cfg, found, episode_rows(episodes, decode=decode), record)
@@ -146,11 +190,11 @@ def main(cfg: Config) -> None:
         write_transitions(Path(cfg.transitions), transition_rows(episodes))
 
 
-def results(cfg: Config, folder: Path) -> Path:
-    """Where the files go: `out`, else a directory in the run that the model in `folder` is of."""
+def results(cfg: Config, folder: Path, what: str) -> Path:
+    """Where the files go: `out`, else a directory in the run that the model in `folder` is of, named for `what`."""
     if not cfg.out and (Path(cfg.model.path) / "checkpoints").is_dir():
         model = folder.name if folder.name == "best" else folder.parent.name
-        return Path(cfg.model.path, "evaluation", f"{model}_{cfg.split}")
+        return Path(cfg.model.path, "evaluation", f"{model}_{what}")
     require(cfg, "out")
     return Path(cfg.out)
 
@@ -161,15 +205,8 @@ def open_players(cfg: Config, env: EnvSpec, folder: str) -> Players:
     if cfg.player != "model":
         player = partial(make_player, env, cfg.player)
         return Players(scripted_loop(env.make, player, name=cfg.player, max_turns=cfg.max_turns), {})
-    params = SamplingParams(
-        max_tokens=cfg.max_tokens,
-        temperature=0.0 if cfg.greedy else cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        repetition_penalty=cfg.repetition_penalty,
-        stop=cfg.stop,
-    )
-    sampling = SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens)
+    params = replace(speech(cfg), max_tokens=cfg.max_tokens or MAX_TOKENS)
+    sampling = SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens or MAX_PROMPT_TOKENS)
     if cfg.strategist or has_levels(Path(folder).parent):
         return open_levels(cfg, env, folder, sampling, params)
     actor = open_policy(folder, cfg.model, sampling, params, candidates=cfg.candidates)
@@ -180,6 +217,62 @@ def open_players(cfg: Config, env: EnvSpec, folder: str) -> Players:
 
     play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
     return Players(play, {"actor": actor.module}, (actor.role,), choices)
+
+
+def speech(cfg: Config) -> SamplingParams:
+    """How an evaluated model speaks; lengths are 0 where nobody said them."""
+    return SamplingParams(
+        max_tokens=cfg.max_tokens,
+        temperature=0.0 if cfg.greedy else cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        repetition_penalty=cfg.repetition_penalty,
+        stop=cfg.stop,
+    )
+
+
+def evaluate_rounds(cfg: Config) -> None:
+    """Solve, hear, solve again, on every problem; go on with an evaluation that was killed."""
+    folder = solver_path(cfg.model.path, cfg.label)
+    split = "train" if cfg.data.path and not held_out(cfg) else cfg.split
+    out = results(cfg, Path(folder), f"{Path((*cfg.data.path, cfg.env)[0]).stem}_{split}_rounds_{cfg.rounds}")
+    check_out(out, overwrite=cfg.overwrite)
+    env, rewards = open_tasks(cfg), open_rewards(cfg)
+    lengths = {"max_prompt_tokens": cfg.max_prompt_tokens}
+    who = open_round_players(
+        folder, model=cfg.model, params=speech(cfg), coach=cfg.coach, context=cfg.context, **lengths
+    )
+    set_threads(cfg.threads, who.modules[SOLVER])
+    tasks = env.tasks(split)
+    chosen = [tasks[place % len(tasks)] for place in range(cfg.episodes or len(tasks))]
+    if cfg.dry_run:
+        each = who.solver.params.max_tokens * (cfg.rounds + 1)
+        each += who.coach.params.max_tokens * cfg.rounds if who.coach else 0
+        return describe(who.modules, tokens_per_step=len(chosen) * cfg.attempts * each)
+
+    left_out = {"overwrite": False, "dry_run": False, "threads": 0, "out": str(out)}
+    files = RoundFiles(out, {**asdict(cfg), **left_out, "solver": folder}, overwrite=cfg.overwrite)
+    rows = files.open()
+
+    def record(row: Row) -> None:
+        rows.append(row)
+        files.append(row)
+        if len(rows) % max(1, len(chosen) // 10) == 0:
+            print(f"{len(rows)} of {len(chosen)} problems", file=sys.stderr)
+
+    done = [row["number"] for row in rows]
+    how = {"rounds": cfg.rounds, "attempts": cfg.attempts, "seed": cfg.seed}
+    asyncio.run(play_rounds(env, chosen, who, rewards, done=done, record=record, **how))
+    check_failures(rows, cfg.error_budget)
+    found, failed = summarise_rounds(rows), sum(row["error"] is not None for row in rows)
+    Console().print(table(cfg, found, split, failed=failed, of=len(rows)))
+    estimates = {name: asdict(estimate) for name, estimate in found.items()}
+    files.finish(rows, {"episodes": len(rows), "failed": failed, "estimates": estimates, "config": asdict(cfg)})
+
+
+def held_out(cfg: Config) -> bool:
+    """Whether a part of the prompts is held out; where none is, all of them are problems to evaluate on."""
+    return bool(cfg.data.eval_path or cfg.data.eval_split or cfg.data.eval_fraction)
 
 
 def open_levels(cfg: Config, env: EnvSpec, folder: str, sampling: SamplingConfig, params: SamplingParams) -> Players:
@@ -205,7 +298,7 @@ def estimates(episodes: Sequence[Episode], *, tokens: bool) -> dict[str, Estimat
     return {**found, "truncated": bootstrap(cut_off)}
 
 
-def table(cfg: Config, found: Mapping[str, Estimate]) -> Table:
+def table(cfg: Config, found: Mapping[str, Estimate], split: str, *, failed: int, of: int) -> Table:
     """Means and intervals, for a person."""
     who = cfg.model.path if cfg.player == "model" else f"{cfg.player} player"
     lines = Table(
@@ -213,13 +306,13 @@ def table(cfg: Config, found: Mapping[str, Estimate]) -> Table:
         "mean",
         "95 % interval",
         "episodes",
-        title=f"{who} in {cfg.env or ', '.join(cfg.data.path)}, {cfg.split} split",
+        title=f"{who} in {cfg.env or ', '.join(cfg.data.path)}, {split} split",
     )
     for name, estimate in found.items():
         interval = f"{estimate.low:.3f} to {estimate.high:.3f}"
         lines.add_row(name, f"{estimate.mean:.3f}", interval, str(estimate.n))
-    if failed := cfg.episodes - found["return"].n:
-        lines.caption = f"{failed} of {cfg.episodes} episodes failed and are left out"
+    if failed:
+        lines.caption = f"{failed} of {of} episodes failed and are left out"
     return lines
 
 
@@ -240,8 +333,8 @@ def write(
 ) -> None:
     """episodes.jsonl first and summary.json last: a summary is there only when everything is."""
     summary = {
-        "episodes": cfg.episodes,
-        "failed": cfg.episodes - found["return"].n,
+        "episodes": cfg.episodes or EPISODES,
+        "failed": (cfg.episodes or EPISODES) - found["return"].n,
         "estimates": {name: asdict(estimate) for name, estimate in found.items()},
         "config": asdict(cfg),
     }

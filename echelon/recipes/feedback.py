@@ -43,6 +43,7 @@ from echelon.rollout.feedback_levels import (
     compared,
     learn_policy,
     learn_value,
+    new_value,
     open_actors,
     open_level,
 )
@@ -300,16 +301,10 @@ def open_levels(cfg: Config) -> Levels:
     actors = open_actors({n: cfg.level(n) for n in names}, weights=cfg.weights, lora=cfg.lora, seed=cfg.seed)
     solver = open_one(cfg, SOLVER, actors[SOLVER])
     coach = open_one(cfg, COACH, actors[COACH]) if coached and cfg.weights != "shared" else None
-    if coached and coach is None:
-        coach = open_level(
-            COACH,
-            cfg.coach,
-            actors[COACH],
-            learns=False,
-            start=False,
-            value=_valued(cfg, COACH),
-            updates=(0, cfg.steps),
-        )
+    if coached and coach is None:  # the solver in another role: only what values its states is its own
+        updates = lessons(cfg, COACH)[0]
+        value = new_value(COACH, cfg.coach, actors[COACH], updates) if _valued(cfg, COACH) else None
+        coach = Level(COACH, actors[COACH], None, None, value)
     average = None
     if cfg.best_response == "average" and any(plan.credit.gap for plan in cfg.plans):
         assert solver.policy is not None, "where there is a gap the solver learns"

@@ -18,8 +18,7 @@ from echelon.rollout.critics import saved_critic
 from echelon.rollout.dialogue import RESPONDER, STRATEGIST
 from echelon.rollout.levels import has_levels
 from echelon.rollout.setup import Actor, model_path, open_actor
-from echelon.sampling.best_of import critic_score
-from echelon.sampling.candidates import Chooser, ranker_score
+from echelon.sampling.candidates import Chooser, critic_score, ranker_score
 from echelon.train.checkpoint import Label
 from echelon.types import SamplingParams
 

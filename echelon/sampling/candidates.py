@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from echelon.data.packing import Batch, Said, Sampled, pack, pack_siblings
+from echelon.data.packing import Batch, Said, Sampled, pack, pack_branches, pack_siblings
+from echelon.models.heads import Places, Spans, UtteranceCritic
 from echelon.models.lm import attention_inputs
 from echelon.models.ranker import Ranker
 from echelon.ops.ranking import epsilon_greedy
@@ -116,6 +117,24 @@ def ranker_score(ranker: Ranker, *, tokens_per_pass: int = 16384) -> Score:
 
     def score(asked: Sequence[Sampled]) -> list[float]:
         found: list[float] = q_values(ranker, asked, tokens_per_pass).tolist()
+        return found
+
+    return score
+
+
+def critic_score(critic: UtteranceCritic, *, tokens_per_pass: int = 16384) -> Score:
+    """The smaller of an utterance critic's two Q; all utterances of a prompt share its row."""
+
+    @torch.no_grad()
+    def score(asked: Sequence[Sampled]) -> list[float]:
+        scores = torch.zeros(len(asked))
+        for batch in pack_branches(asked).split(tokens_per_pass):
+            batch = batch.to(next(critic.parameters()).device)
+            said = Spans(batch.row_N, batch.state_N, batch.first_N, batch.last_N)
+            nowhere = Places(batch.row_N[:0], batch.state_N[:0])
+            q_2N, _ = critic(batch.tokens, said, nowhere, **attention_inputs(critic, batch))
+            scores[batch.index_N.cpu()] = q_2N.amin(0).cpu()
+        found: list[float] = scores.tolist()
         return found
 
     return score

@@ -102,7 +102,7 @@ _LETTER_STATED = re.compile(
     r"(?:(?i:answer|option|choice|choose|select|pick|answered|it'?s|must\s+be))"
     r"(?:\s+(?i:is|should\s+be|would\s+be|must\s+be|option|choice|letter|to\s+go\s+with|with)|\s*[:=\-–])*"
     rf"[\s*_\"'$]*(?:\\(?:text|textbf|mathbf|mathrm|boxed)\{{)*[\s*_\"'$]*{_ONE_LETTER}(?![A-Za-z'])"
-    r"(?P<rest>[^\n]{0,40})"
+    r"(?=(?P<rest>[^\n]{0,40}))"
 )
 _LETTER_LINE = re.compile(rf"^[\s*_\"'$#>-]*{_ONE_LETTER}(?:[\s*_\"'$]*$|[\s*_]*[).:\]][\s*_]*(?P<rest>.*)$)")
 _TWO = re.compile(r"^[\s*_)\]]*(?:or|and|,|/|&)[\s*_(]*[A-J]\b")
@@ -267,15 +267,16 @@ def check_math(text: str, gold: str, compare: Compare | None = None) -> Finding:
 
 
 def stated_formula(text: str) -> str:
-    """`stated_answer`; of a last line that is a sentence the last formula, or else the last number. Raises Unread."""
+    """`stated_answer`; of a sentence as the last line its formula, or the number at its end. Raises Unread."""
     said = stated_answer(text)
     if not said:
         raise Unread("it says nothing")
     if marked_answer(text) is None and not stated_after(text):
         if formulas := list(_DOLLARS.finditer(said)):
             said = next(group for group in formulas[-1].groups() if group is not None)
-        elif _PLAIN_WORD.search(_IN_TEXT.sub("", said)) and (amounts := _AMOUNT.findall(said)):
-            said = amounts[-1].strip()
+        elif _PLAIN_WORD.search(_IN_TEXT.sub("", said)) and (amounts := list(_AMOUNT.finditer(said))):
+            last = amounts[-1]
+            said = last[0].strip() if len(said[last.end() :].split()) <= 2 else said  # "… 5 apples.", no "3: I give up"
     if len(said) > 300:
         raise Unread("it states no answer, only a long line")
     return said
@@ -313,8 +314,8 @@ def plain_math(text: str) -> str:
     plain = re.sub(r"\\(?:left|right|displaystyle|[bB]ig[lr]?)(?![A-Za-z])", "", plain)
     plain = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", plain)
     plain = re.sub(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " ", plain)
-    plain = " ".join(plain.split()).rstrip(".")
-    return plain.replace("( ", "(").replace(" )", ")")
+    plain = re.sub(r"\s*([-+=<>()\[\]{}^|])\s*", r"\1", " ".join(plain.split()).rstrip("."))
+    return re.sub(r",\s+(?!\d)", ",", plain)
 
 
 def without_unit(text: str) -> str:

@@ -5,14 +5,54 @@ Knows no replay and no environment, and not where fresh actions come from.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from echelon.data.packing import Batch, CriticBatch
+from echelon.data.packing import Batch, CriticBatch, Said, pack_branches, pack_transitions
+from echelon.data.replay import Transition
 from echelon.models.heads import Places, Spans, UtteranceCritic, values_before
 from echelon.models.lm import attention_inputs
 from echelon.ops import bellman, losses
+
+
+def asked_states(turns: int, count: int, seed: int) -> list[int]:
+    """At which of an episode's states V is learned from a fresh action, in order: at `count` of them, 0 for all."""
+    if not count or count >= turns:
+        return list(range(turns))
+    return sorted(np.random.default_rng(seed).choice(turns, count, replace=False).tolist())
+
+
+def with_targets(
+    target: UtteranceCritic,
+    episodes: Sequence[Sequence[Transition]],
+    fresh: Sequence[Mapping[int, Said]] | None,
+    *,
+    gamma: float,
+    tokens_per_pass: int,
+) -> CriticBatch:
+    """Rows of transitions, with what Q shall be at all of them, and V where a fresh action is given.
+
+    `fresh` has for each episode what would be said now, by the number of the turn. None pulls V everywhere towards Q̄
+    of the action that was said then.
+    """
+    batch = pack_transitions([transition for episode in episodes for transition in episode])
+    batch = batch.to(next(target.parameters()).device)
+    q_2N = bootstrap_(batch, target, gamma=gamma)
+    if fresh is None:
+        batch.v_target = q_2N
+        return batch
+    begin_E = np.cumsum([0, *map(len, episodes)])[:-1].tolist()
+    answers = {begin + turn: said for begin, asked in zip(begin_E, fresh, strict=True) for turn, said in asked.items()}
+    batch.v_target = torch.full_like(q_2N, math.nan)
+    batch.v_denom = float(len(answers))
+    q_fresh_2N, _ = judge(target, pack_branches(list(answers.values())), tokens_per_pass)
+    batch.v_target[:, list(answers)] = q_fresh_2N.to(batch.v_target)
+    return batch
 
 
 @torch.no_grad()

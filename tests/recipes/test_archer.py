@@ -23,12 +23,13 @@ from echelon.errors import ConfigError, DataError
 from echelon.models.heads import UtteranceCritic
 from echelon.models.lm import load_lm, tiny
 from echelon.recipes import archer
-from echelon.recipes.archer import Config, Levels, asked_states, open_critic, open_levels, update_actor, update_critic
+from echelon.recipes.archer import Config, Levels, open_critic, open_levels, update_actor, update_critic
 from echelon.rollout.plays import env_loop
 from echelon.rollout.roles import collect
 from echelon.rollout.setup import Actor, open_actor
 from echelon.sampling.scripted import ScriptedSampler
-from echelon.train.critic import critic_loss, judge
+from echelon.train import critic as critics
+from echelon.train.critic import asked_states, critic_loss, judge
 from echelon.train.learner import Learner
 from echelon.train.policy import PolicyConfig
 from echelon.types import Episode
@@ -86,7 +87,9 @@ def with_targets(
 ) -> CriticBatch:
     if not asked:  # somewhere V must be learned
         asked, fresh = [[0], *([] for _ in episodes[1:])], [Sampled(episodes[0][0].state, [20], [0.0])]
-    return archer.with_targets(config(**settings), target, episodes, asked, iter(fresh))
+    said = iter(fresh)
+    answers = [{turn: next(said) for turn in turns} for turns in asked]
+    return critics.with_targets(target, episodes, answers, **{"gamma": 0.95, "tokens_per_pass": 4096, **settings})
 
 
 @pytest.fixture
@@ -124,9 +127,7 @@ def test_v_shall_be_q_of_a_fresh_action_where_one_was_asked_for_and_nothing_else
 
 def test_v_may_be_pulled_towards_q_of_what_was_said_then_and_nothing_is_sampled(lm: Any) -> None:
     critic = lively(lm)
-    cfg = config(value_actions="replayed")
-    assert asked_states(cfg, WON, 0) == []
-    batch = archer.with_targets(cfg, critic, [WON, CUT], [[], []], iter(()))
+    batch = critics.with_targets(critic, [WON, CUT], None, gamma=0.95, tokens_per_pass=4096)
     assert batch.v_target is not None
     torch.testing.assert_close(batch.v_target, judge(critic, pack([*WON, *CUT]), 1000)[0], rtol=1e-5, atol=1e-5)
     assert (batch.denom, batch.v_denom) == (4.0, 4.0)
@@ -231,12 +232,10 @@ def test_saved_and_loaded_critics_say_the_same(lm: Any, tmp_path: Path) -> None:
 
 
 def test_v_is_learned_at_some_states_of_an_episode_or_at_all() -> None:
-    episode = [step([1], [2], None)] * 5
-    assert asked_states(config(), episode, 0) == [0, 1, 2, 3, 4]
-    for few in (5, 9):
-        assert asked_states(config(fresh_states=few), episode, 0) == [0, 1, 2, 3, 4]
-    drawn = [asked_states(config(fresh_states=2), episode, seed) for seed in range(40)]
-    assert drawn == [asked_states(config(fresh_states=2), episode, seed) for seed in range(40)]
+    for count in (0, 5, 9):
+        assert asked_states(5, count, 0) == [0, 1, 2, 3, 4]
+    drawn = [asked_states(5, 2, seed) for seed in range(40)]
+    assert drawn == [asked_states(5, 2, seed) for seed in range(40)]
     assert all(turns == sorted(set(turns)) and len(turns) == 2 for turns in drawn)
     assert {turn for turns in drawn for turn in turns} == {0, 1, 2, 3, 4}
 
@@ -334,11 +333,11 @@ def test_fresh_actions_answer_the_states_they_are_asked_for(
     cfg = config(**{**QUICK, "critic_updates": 3, "fresh_updates": fresh_updates, "fresh_states": fresh_states})
     level, seen = begin(cfg), []
 
-    def spy(cfg: Config, target: Any, episodes: Any, asked: Any, fresh: Any) -> CriticBatch:
-        wanted = [episode[turn].state for episode, turns in zip(episodes, asked, strict=True) for turn in turns]
-        answers = [next(fresh) for _ in wanted]
-        seen.append((wanted, [answer.prompt for answer in answers], [len(turns) for turns in asked]))
-        return real(cfg, target, episodes, asked, iter(answers))
+    def spy(target: Any, episodes: Any, fresh: Any, **settings: Any) -> CriticBatch:
+        wanted = [episode[turn].state for episode, said in zip(episodes, fresh, strict=True) for turn in said]
+        answered = [answer.prompt for said in fresh for answer in said.values()]
+        seen.append((wanted, answered, [len(said) for said in fresh]))
+        return real(target, episodes, fresh, **settings)
 
     real = archer.with_targets
     monkeypatch.setattr(archer, "with_targets", spy)

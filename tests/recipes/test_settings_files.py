@@ -27,6 +27,7 @@ STAGE = ["--max-steps", "2", "--rows-per-step", "4", "--threads", "1"]
 FEWER = {
     "archer": [*PLAYS, "--episodes-per-step", "4", "--warmup-steps", "0", "--critic-updates", "1"],
     "dpo": STAGE,
+    "feedback": ["--steps", "3", "--tasks-per-step", "2", "--save-every", "0", "--threads", "1"],
     "evaluate": ["--episodes", "4", "--max-turns", "3", "--threads", "1"],
     "grpo": [*PLAYS, "--tasks-per-step", "2", "--group-size", "4"],
     "merge": [],
@@ -39,6 +40,10 @@ FEWER = {
     "tosca": [*PLAYS, "--episodes-per-step", "4", "--high-updates", "1", "--high-batch", "4", "--eval-every", "0"],
 }
 """What is cut, by recipe."""
+TINY_LEVELS = [
+    *("--solver.model.path", "models/base", "--solver.model.dtype", "float32", "--solver.sampling.max-tokens", "8"),
+    *("--coach.model.dtype", "float32", "--coach.sampling.max-tokens", "8"),
+]
 ALSO = {
     "archer/paper.yaml": ["--critic-body", "own", "--critic-path", "models/base"],
     "grpo/dapo.yaml": ["--replacements", "0"],
@@ -53,6 +58,7 @@ ALSO = {
         for name in ("esconv", "paper")
     },
     "rank/recurve.yaml": ["--sampling.max-tokens", "8", "--model.path", "models/base"],
+    **{name: TINY_LEVELS for name in NAMES if name.startswith("feedback/") and name != "feedback/arithmetic.yaml"},
     "tosca/paper.yaml": [
         *("--strategist.path", "models/base", "--responder.path", "models/base", "--sampling.max-tokens", "8"),
         *("--strategist.dtype", "float32", "--responder.dtype", "float32"),
@@ -78,6 +84,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "runs/best_language/sft",
         "runs/text_lock/sft",
         "runs/dialogue/sft",
+        "runs/arithmetic/solver",
+        "runs/arithmetic/coach",
         "runs/dialogue/strategist",
     )
     for place in also:
@@ -111,6 +119,9 @@ def write_data(data: Path, questions: list[str]) -> None:
         ("preferences.jsonl", pairs),
         ("gsm8k-train.jsonl", solved[:20]),
         ("gsm8k-test.jsonl", solved[20:]),
+        ("math-train.jsonl", [{"problem": q, "answer": a} for q, a in sums[:20]]),
+        ("math500.jsonl", [{"problem": q, "answer": a} for q, a in sums[20:]]),
+        ("mbpp.jsonl", [{"text": "Add two numbers.", "test_list": ["assert add(1, 2) == 3"], "task_id": 1}]),
     ):
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -143,5 +154,5 @@ def test_a_settings_file_runs_as_it_stands(file: Path, folder: Path, tmp_path: P
         assert (out / "summary.json").is_file()
     else:
         assert (out / "metrics.jsonl").read_text().count("\n") >= 1
-        part = "responder" if recipe == "tosca" else recipe
-        assert find_checkpoint(out, part if part in ("reward", "strategist", "responder") else "actor")
+        part = {"tosca": "responder", "feedback": "solver"}.get(recipe, recipe)
+        assert find_checkpoint(out, part if part in ("reward", "strategist", "responder", "solver") else "actor")

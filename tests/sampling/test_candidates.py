@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
-from echelon.data.packing import Sampled
+from echelon.data.packing import Sampled, pack
+from echelon.models.heads import Places, Spans, UtteranceCritic
 from echelon.models.lm import tiny
 from echelon.models.ranker import Ranker
-from echelon.sampling.candidates import Chooser, Offer, Score, q_values, ranker_score
+from echelon.sampling.candidates import Chooser, Offer, Score, critic_score, q_values, ranker_score
 from echelon.sampling.local import LocalSampler
 from echelon.seeds import derive_seed
 from echelon.types import Completion, SamplingParams
@@ -142,3 +144,19 @@ def test_the_score_of_a_ranker_is_its_q(engine: LocalSampler) -> None:
     ranker = Ranker.from_lm(engine.module)
     said = [Sampled(PROMPT, [10, 11], [0.0] * 2), Sampled(PROMPT, [12], [0.0]), Sampled(PROMPT[:2], [13], [0.0])]
     assert ranker_score(ranker)(said) == q_values(ranker, said, 16384).tolist()
+
+
+def test_the_critics_score_is_the_smaller_q_of_each_utterance_alone(engine: LocalSampler) -> None:
+    torch.manual_seed(0)
+    critic = UtteranceCritic.from_lm(engine.module)
+    asked = [
+        Sampled(PROMPT, [10, 11], [0.0, 0.0]),
+        Sampled(PROMPT, [12], [0.0]),
+        Sampled(PROMPT[:3], [13, 14, 15], [0.0] * 3),
+    ]
+    for candidate, score in zip(asked, critic_score(critic)(asked), strict=True):
+        batch = pack([candidate])
+        said = Spans(batch.row_N, batch.state_N, batch.first_N, batch.last_N)
+        with torch.no_grad():
+            q, _ = critic(batch.tokens, said, Places(batch.row_N, batch.state_N))
+        assert score == pytest.approx(float(q.min()), abs=1e-5)
