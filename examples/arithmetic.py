@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     draw = random.Random(args.seed)
     solver = [row for _ in range(args.sums) for row in student_says(cfg, draw, args)]
     coach = [coach_says(cfg, draw, args) for _ in range(args.remarks)]
-    for level, rows, passes in (("solver", solver, 4), ("coach", coach, 2)):
+    for level, rows, passes in (("solver", solver, 1), ("coach", coach, 2)):
         write(out / f"{level}.jsonl", rows)
         settings = {**WARM, "epochs": passes, "out": str(out / level), "threads": args.threads, "seed": args.seed}
         settings |= {"model": {"path": str(out / "tiny")}, "data": {"path": [str(out / f"{level}.jsonl")]}}
@@ -73,7 +73,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/arithmetic", help="folder to write to")
     parser.add_argument("--settings", default=str(SETTINGS), help="whose templates and digits the texts have")
-    parser.add_argument("--sums", type=int, default=28000, help="sums the student does, each told something or not")
+    parser.add_argument("--sums", type=int, default=112000, help="sums the student does, each told something or not")
     parser.add_argument("--remarks", type=int, default=24000, help="remarks of the coach")
     parser.add_argument("--guess", type=float, default=0.15, help="how often a place gets a carry that nobody named")
     parser.add_argument("--knows", type=float, default=0.0, help="how often a carry is made unasked where one belongs")
@@ -94,8 +94,8 @@ def student_says(cfg: feedback.Config, draw: random.Random, args: argparse.Names
 
     def unasked() -> str:
         belongs = carried(one, other, digits)
-        chance = {place: args.knows if args.knows and place in belongs else args.guess for place in range(1, digits + 1)}
-        places = [place for place, often in chance.items() if draw.random() < often]
+        often = {place: args.knows if place in belongs and args.knows else args.guess for place in range(1, digits + 1)}
+        places = [place for place, chance in often.items() if draw.random() < chance]
         return spell(column_sum(one, other, digits, places), digits + 1, True)
 
     first = unasked()

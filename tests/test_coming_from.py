@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ NEEDED = {
     "ppo": f"{ROWS} --reward r.py:f",
     "grpo": f"{ROWS} --reward r.py:f",
     "merge": "--out r --adapter a",
+    "feedback": "--out r --solver.model.path m --data.path d --reward math",
 }
 """Flags without which a recipe does not start."""
 
@@ -38,6 +40,18 @@ SCRIPTS = {
         learning_rate total_episodes num_ppo_epochs num_mini_batches response_length temperature stop_token bf16 fp16
         gradient_checkpointing seed use_lora num_proc logging_steps save_steps eval_steps num_sample_generations""",
     "merge_with_lora.py": "lora_model_name base_model_name output_name",
+    "Settings of mlmt_rl": """enable shared_actor env_type lambda_coef stop_value_gradients use_symmetric_rewards
+        use_llm_success_eval llm_success_weight low_level.model_path low_level.algorithm low_level.freeze
+        low_level.update_frequency high_level.model_path high_level.algorithm high_level.freeze
+        high_level.update_frequency high_level.max_tokens value_fn.model value_fn.lr value_fn.weight_decay
+        value_fn.max_len judge stage_control.stage_id stage_control.beta1 stage_control.beta2 stage_control.beta_L
+        stage_control.beta_H stage_control.alpha stage_control.schedule score_mode.stages score_mode.alpha
+        score_mode.beta_turn1_stage1 score_mode.beta_turn1_stage2 score_mode.beta_turn2
+        score_mode.reward_turn1_stage2 hierarchical.context_source hierarchical.num_context_samples
+        hierarchical.max_prompt_tokens hierarchical.header hierarchical.prefix hierarchical.prompt_template
+        hierarchical.ll_trainable hierarchical.hl_model.temperature hierarchical.hl_model.top_p
+        hierarchical.kl_max.enabled hierarchical.kl_max.lambda_coef hierarchical.kl_max.clip_tau
+        hierarchical.kl_max.reference_prior""",
 }
 """Every flag of the scripts."""
 
@@ -70,7 +84,7 @@ def _trackers_are_as_good_as_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("recipe", "flags"), MAPPINGS, ids=[" ".join(mapping) for mapping in MAPPINGS])
 def test_every_mapping_parses(recipe: str, flags: str) -> None:
     needed = "--out r --model.path m" if "--env" in flags else NEEDED[recipe]
-    load(config_of(recipe), [], [*needed.split(), *flags.split()])
+    load(config_of(recipe), [], [*needed.split(), *shlex.split(flags)])
 
 
 def test_the_commands_of_the_pipeline_parse() -> None:

@@ -109,11 +109,17 @@ def classes() -> dict[str, Path]:
 OPS = {file.stem: file for file in (ROOT / "echelon" / "ops").glob("*.py") if file.stem not in ("__init__", "sampling")}
 
 
+@cache
+def settings_of_all() -> frozenset[str]:
+    """The dotted names of the settings of every recipe."""
+    return frozenset(name for recipe in cli.recipes() for name in _settings(config_of(recipe)))
+
+
 def broken_members(text: str) -> Iterator[str]:
     """`Class.member` and `losses.function` that do not exist."""
     for code in CODE.findall(text):
         match = re.fullmatch(r"(\w+)\.(\w+)", code)
-        if match and match[1] in OPS and match[2] not in names_in(OPS[match[1]]):
+        if match and match[1] in OPS and match[2] not in names_in(OPS[match[1]]) and code not in settings_of_all():
             yield f"{code}: there is no such function"
         elif match and match[1] in classes() and code not in names_in(classes()[match[1]]):
             yield f"{code}: there is no such member"

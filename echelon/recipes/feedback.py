@@ -59,7 +59,7 @@ from echelon.types import Play, Task
 
 FIXED = (
     *("out", "resume", "seed", "threads", "dry_run", "save_every", "keep_last", "log", "steps", "stages"),
-    *("env", "env_settings", "trust_task_code", "data", "reward", "reward_weights"),
+    *("env", "env_settings", "trust_task_code", "data", "reward", "reward_weights", "judge"),
     *("weights", "lora", "best_response", "average_decay", "keep_start"),
     *(f"{level}.{name}" for level in (SOLVER, COACH) for name in ("model", "sampling.max_prompt_tokens")),
     *(f"{level}.sampling.cache_tokens" for level in (SOLVER, COACH)),

@@ -90,8 +90,7 @@ class Level:
 
     def role(self, sampling: SamplingConfig) -> Role:
         """Who it is in a play, sampling as these settings say."""
-        params = SamplingParams(max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop)
-        return Role(self.name, self.actor.sampler, self.actor.role.renderer, params)
+        return Role(self.name, self.actor.sampler, self.actor.role.renderer, drawn(sampling))
 
     def parts(self) -> dict[str, Saveable]:
         """What a checkpoint holds of it. An adapter knows its own start, so it needs no copy of it."""
@@ -182,8 +181,13 @@ def open_actors(
     if COACH in levels and weights == "shared":
         one = actors[SOLVER]
         renderer = Renderer(one.tokenizer, max_tokens=sampling[COACH].max_prompt_tokens)
-        actors[COACH] = replace(one, role=Role(COACH, one.sampler, renderer, one.role.params))
+        actors[COACH] = replace(one, role=Role(COACH, one.sampler, renderer, drawn(sampling[COACH])))
     return actors
+
+
+def drawn(sampling: SamplingConfig) -> SamplingParams:
+    """How utterances are drawn, by these settings."""
+    return SamplingParams(max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop)
 
 
 def check_tokenizers(one: Actor, other: Actor) -> None:

@@ -13,7 +13,13 @@ from echelon.errors import ConfigError
 from echelon.types import Task
 
 SUM = Task("arithmetic/385+47", {"one": 385, "other": 47})
-ALL_SETTINGS = [{}, {"spaced": True}, {"digits": 1, "carries": 1}, {"digits": 2, "carries": 2}, {"digits": 5, "carries": 0}]
+ALL_SETTINGS = [
+    {},
+    {"spaced": True},
+    {"digits": 1, "carries": 1},
+    {"digits": 2, "carries": 2},
+    {"digits": 5, "carries": 0},
+]
 
 
 @pytest.mark.parametrize("settings", ALL_SETTINGS)
@@ -22,7 +28,13 @@ def test_it_keeps_every_rule(settings):
 
 
 def test_an_answer_is_right_or_wrong_and_that_is_all_there_is_to_hear():
-    for answer, reward, parsed in [("432", 1, 1), ("It is 0432.", 1, 1), ("422", 0, 1), ("432 or 433", 0, 1), ("", 0, 0)]:
+    for answer, reward, parsed in [
+        ("432", 1, 1),
+        ("It is 0432.", 1, 1),
+        ("422", 0, 1),
+        ("432 or 433", 0, 1),
+        ("", 0, 0),
+    ]:
         env = Arithmetic(SUM)
         (asked,) = env.start()
         assert asked["content"] == "385 + 047 ="

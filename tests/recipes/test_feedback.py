@@ -450,6 +450,7 @@ def feedback_levels_distances(rows: Any) -> Tensor:
         ("out=y", "out is what"),
         ("env=maze", "env is what"),
         ("env_settings.x=1", "env_settings.x is what"),
+        ("judge.url=x", "judge.url is what"),
         ("coach.policy.optim.weight_decay=1", "coach.policy.optim.weight_decay is what"),
         ("credit.firts=1", r"unknown flag '--credit.firts'. Did you mean"),
         ("credit.first=-1", "first = -1"),
@@ -598,6 +599,7 @@ RESUMED = {
     "value": ["--solver.baseline", "value", "--coach.baseline", "value", "--credit.kl-refine", 0.1],
     "plateau": ["--stages", "from 0: credit.first=0", "plateau 1: credit.first=1", "plateau 1: coach.train=false"],
     "frozen": ["--no-coach.train", "--prior", "start"],
+    "frozen adapter": ["--no-solver.train", "--weights", "adapters", "--lora.rank", 4, "--keep-start"],
 }
 
 
@@ -672,22 +674,22 @@ def accuracies(run: Run, turn: int) -> list[float]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_coach_learns_what_a_solver_that_does_not_learn_should_be_told(train: Train, model: str, seed: int) -> None:
-    """The solver opens one door of three and does as it is told: only words can open more. 1/3 becomes 0.85 or more."""
-    fast = ["--coach.policy.optim.lr", 0.01, "--no-solver.train", "--remarks", 4, "--seed", seed]
-    run = train("feedback", *FLAGS, "--solver.model.path", model, "--steps", 30, *fast)
+    """The solver opens one door of three and does as it is told: only words can open more. From 1/3 to 0.9 or more."""
+    fast = ["--coach.policy.optim.lr", 0.003, "--no-solver.train", "--remarks", 4, "--seed", seed, "--prior", "none"]
+    run = train("feedback", *FLAGS, "--solver.model.path", model, "--steps", 35, *fast)
     first, second = accuracies(run, 1), accuracies(run, 2)
-    assert sum(second[:3]) / 3 < 0.6
-    assert sum(second[-5:]) / 5 >= 0.85
-    assert sum(first) / len(first) < 0.55
+    assert sum(second[:5]) / 5 < 0.5
+    assert sum(second[-5:]) / 5 >= 0.9
+    assert sum(first) / len(first) < 0.5
 
 
 @pytest.mark.parametrize("weights", ["separate", "shared"])
 def test_both_levels_learn_together(train: Train, model: str, weights: str) -> None:
-    """Seed 0: accuracy of the second attempt from 1/3 to 0.85 or more, with two models and with one."""
-    fast = ["--solver.policy.optim.lr", 0.01]
+    """Seed 0: accuracy of the second attempt from 1/3 to 0.9 or more, with two models and with one."""
+    fast = ["--solver.policy.optim.lr", 0.003, "--prior", "none"]
     if weights == "separate":
-        fast += ["--coach.policy.optim.lr", 0.01]
-    run = train("feedback", *FLAGS, "--solver.model.path", model, "--steps", 30, "--weights", weights, *fast)
+        fast += ["--coach.policy.optim.lr", 0.003]
+    run = train("feedback", *FLAGS, "--solver.model.path", model, "--steps", 40, "--weights", weights, *fast)
     second = accuracies(run, 2)
-    assert sum(second[:3]) / 3 < 0.65
-    assert sum(second[-5:]) / 5 >= 0.85
+    assert sum(second[:5]) / 5 < 0.5
+    assert sum(second[-5:]) / 5 >= 0.9

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.recipes.conftest import Run
+from tests.recipes.doors import GAME, TEMPLATES, pupil
 from tests.recipes.strategies import reader, write_decisions
 from tests.test_docs import CODE, columns, prose
 
@@ -75,6 +76,17 @@ def test_stages_that_learn_by_trying(train: Callable[..., Run], untrained: Path,
     few = ("--steps", 1, "--sampling.max-tokens", 4, "--policy.kl-coef", 0.1, *PLAYED[recipe].split())
     run = train(recipe, "--model.path", untrained, *asked, *ptx, *few)
     assert unknown(recipe, run) == set()
+
+
+def test_levels_that_learn_from_feedback(train: Callable[..., Run], tmp_path: Path) -> None:
+    words = [word for name, text in TEMPLATES.items() for word in (f"--templates.{name.replace('_', '-')}", text)]
+    words += ["--env", GAME, "--solver.model.path", str(pupil(tmp_path / "model")), "--keep-start", "--credit.gap", "1"]
+    words += ["--steps", "1", "--tasks-per-step", "2", "--attempts", "2", "--stages", "from 0: credit.first=1"]
+    words += ["--solver.sampling.max-tokens", "1", "--coach.sampling.max-tokens", "1", "--coach.baseline", "value"]
+    (tmp_path / "rewards.py").write_text(REWARD)
+    run = train("feedback", *words, "--coach.policy.kl-coef", "0.1", "--reward", f"{tmp_path}/rewards.py:length")
+    assert "reward/length" in run.rows()[0]
+    assert unknown("feedback", run) == set()
 
 
 def test_a_name_that_is_not_on_the_page_is_found(tmp_path: Path) -> None:

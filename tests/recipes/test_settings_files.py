@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,3 +158,35 @@ def test_a_settings_file_runs_as_it_stands(file: Path, folder: Path, tmp_path: P
         assert (out / "metrics.jsonl").read_text().count("\n") >= 1
         part = {"tosca": "responder", "feedback": "solver"}.get(recipe, recipe)
         assert find_checkpoint(out, part if part in ("reward", "strategist", "responder", "solver") else "actor")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("feedback/")])
+def test_a_preset_says_how_large_a_run_will_be(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["feedback", str(ROOT / "configs" / name), "--out", "runs/none", *ALSO.get(name, []), "--dry-run"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "solver: " in said
+    assert "parameters" in said
+    assert "MiB of weights" in said
+    assert "tokens per step: at most" in said
+    assert not (folder / "runs/none").exists()
+
+
+def test_the_launcher_for_a_cluster_is_a_script_whose_command_is_a_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = ROOT / "examples" / "slurm.sbatch"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    (tmp_path / "echelon").write_text('#!/bin/bash\nprintf "%s\\n" "$@" > "$TYPED"\n')
+    (tmp_path / "echelon").chmod(0o755)
+    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TYPED": str(tmp_path / "typed"), "SLURM_CPUS_PER_TASK": "1"}
+    settings, name = ROOT / "configs/feedback/HLT_LLT_RR_1_15.yaml", "feedback/HLT_LLT_RR_1_15.yaml"
+    for resumed in (False, True):
+        words = ["bash", str(script), str(settings), str(tmp_path / "run"), "--dry-run"]
+        subprocess.run(words, check=True, env={**os.environ, **given}, cwd=folder)
+        typed = (tmp_path / "typed").read_text().splitlines()
+        assert typed[:6] == ["feedback", str(settings), "--out", str(tmp_path / "run"), "--threads", "1"]
+        assert ("--resume" in typed) == resumed
+        assert cli.main([*(word for word in typed if word != "--resume"), *ALSO[name]]) == 0
+        assert "tokens per step" in capsys.readouterr().out
+        (tmp_path / "run/checkpoints").mkdir(parents=True, exist_ok=True)

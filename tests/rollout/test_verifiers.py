@@ -15,6 +15,7 @@ from echelon.errors import ConfigError, DataError, MissingExtra
 from echelon.rollout import verifiers
 from echelon.rollout.rewards import Answer, Reward, Rewards, answer_in, open_judge, open_rewards, open_tasks
 from echelon.rollout.verifiers import JudgeVerifier, Verifier, choices_of, gold_for, read_verdict, right_letter
+from echelon.sandbox import walls
 from echelon.sandbox.algebra import Algebra, algebra_installed
 from echelon.sandbox.program import ProgramError
 from echelon.text.endpoint import Unanswered
@@ -245,3 +246,17 @@ def test_a_judge_needs_an_endpoint_and_an_endpoint_a_judge() -> None:
     endpoint = {"url": "http://localhost:1/v1", "model": "m"}
     (reward,) = open_rewards(TaskConfig(out="x", env="guess_number", reward=("judge",), judge=endpoint)).rewards
     assert isinstance(reward.judge, JudgeVerifier)
+
+
+@pytest.mark.skipif(bool(walls()), reason="the sandbox lacks walls here")
+def test_rows_of_mbpp_and_humaneval_are_judged_by_their_tests(tmp_path: Path) -> None:
+    mbpp = {"text": "Double a number.", "test_list": ["assert double(2) == 4", "assert double(0) == 1"]}
+    cfg = settings(tmp_path, mbpp, reward="code")
+    (task,) = open_tasks(cfg).tasks("train")
+    said = "Here:\n```python\ndef double(x):\n    return 2 * x\n```"
+    (verdict,) = open_rewards(cfg).score([Answer(task.id, [], said, task.data)])
+    assert (verdict.reward, verdict.parsed) == (0.5, None)
+    check = "def check(candidate):\n    assert candidate(2) == 4\n"
+    cfg = settings(tmp_path, {"prompt": "def double(x):\n", "test": check, "entry_point": "double"}, reward="code")
+    (task,) = open_tasks(cfg).tasks("train")
+    assert open_rewards(cfg).score([Answer(task.id, [], said, task.data)])[0].reward == 1

@@ -50,7 +50,7 @@ def test_a_formula_that_explodes_ends_the_child_and_the_next_one_gets_another(al
 
 
 def test_a_right_answer_that_cannot_be_read_is_said(algebra: Algebra) -> None:
-    with pytest.raises(ProgramError, match="the right answer '.*' cannot be read"):
+    with pytest.raises(ProgramError, match=r"the right answer '.*' cannot be read"):
         algebra.same("3", r"\frac{")
 
 
