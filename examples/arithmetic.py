@@ -100,7 +100,7 @@ def student_says(cfg: feedback.Config, draw: random.Random, args: argparse.Names
 
     first = unasked()
     kind = draw.random()
-    if kind < 0.35:
+    if kind < 0.3:
         yield row(cfg.templates.solve.format(question=asked), first)
     elif kind < 0.5:
         yield row(cfg.templates.retry.format(question=asked, attempt=first), unasked())

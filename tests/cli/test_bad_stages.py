@@ -274,8 +274,8 @@ DATA = [
     (
         f"{PPO} {SHORT} --data.path keys.jsonl",
         "keys.jsonl:1: the columns text, label do not make rows of the schema prompt, which needs prompt, question, "
-        "problem or messages, or question with choices or options, text or prompt with test_list, or prompt with test and "
-        "entry_point.",
+        "problem or messages, or question with choices or options, text or prompt with test_list, or prompt with test "
+        "and entry_point.",
     ),
     (
         f"{PPO} {SHORT} --ptx.path gone.jsonl --policy.ptx-coef 0.1",
@@ -427,7 +427,8 @@ SETTINGS = [
     (f"{PPO} {SHORT} --env guess_number", "env = guess_number: data.path gives tasks too. Keep one of the two."),
     (
         PPO,
-        "reward = []: nothing says what an answer is worth. Give math, code, path.py:function, or a reward model's folder.",
+        "reward = []: nothing says what an answer is worth. Give math, code, path.py:function, or a reward model's "
+        "folder.",
     ),
     (
         f"{PPO} {SHORT} --reward-weights 1 2",

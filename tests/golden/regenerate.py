@@ -70,6 +70,11 @@ RUNS = {
         "--critic-episodes 4 --actor-episodes 8 --critic-optim.lr 3e-3 --policy.optim.lr 1e-3",
         ("reward/mean", "critic/q_loss", "critic/v_loss", "critic/grad_norm", *POLICY),
     ),
+    "rank": Golden(
+        f"{PLAYS} --steps 8 --episodes-per-step 8 --candidates 4 --warmup-steps 2 --ranker-updates 4 --ranker-batch 8 "
+        "--target-every 6 --ranker-optim.lr 3e-3 --policy.optim.lr 1e-3 --policy.kl-coef 0.1",
+        ("reward/mean", "candidates/explored", "candidates/spread", "ranker/loss", "ranker/q_mean", *POLICY),
+    ),
 }
 
 

@@ -510,6 +510,18 @@ def test_the_starting_policy_is_kept_and_left(train, game: list[str], start: Pat
     assert second > 1e-5
 
 
+def test_an_adapter_knows_its_own_start_so_no_copy_of_the_actor_is_saved(train, game: list[str]) -> None:
+    run = train("archer", *game, *SMALL, "--policy.kl-coef", 0.1, "--lora.rank", 2)
+    assert [row["policy/kl_to_start"] for row in run.rows()[1:]] == [
+        pytest.approx(0, abs=1e-6),
+        pytest.approx(0, abs=1),
+    ]
+    parts = {path.name for path in (run.out / "checkpoints/step_000003").iterdir() if path.is_dir()}
+    assert parts == {"actor", "critic", "target", "replay"}
+    resumed = train("archer", *game, *SMALL, "--policy.kl-coef", 0.1, "--lora.rank", 2, "--steps", 4, "--resume")
+    assert resumed.rows()[3]["policy/kl_to_start"] > 1e-9
+
+
 def test_without_kl_no_starting_policy_is_kept(train, game: list[str]) -> None:
     run = train("archer", *game, *SMALL, "--steps", 1)
     parts = {path.name for path in (run.out / "checkpoints/step_000001").iterdir() if path.is_dir()}

@@ -150,6 +150,17 @@ def test_a_test_chooses_with_the_critic_of_the_run_whatever_it_is(
     train("evaluate", *words, name="test")
 
 
+def test_an_encoder_reads_text_so_its_tokenizer_may_be_another_and_a_decoder_reads_ids(
+    train: Train, game: list[str], encoder: Path, start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actors, its_own = (load_tokenizer(str(path)).get_vocab() for path in (start, encoder))
+    assert actors != its_own
+    run = train("archer", *game, *SMALL, "--critic-body", "encoder", "--critic-path", encoder)
+    assert run.rows()[-1]["critic/grad_norm"] > 0
+    train("archer", *game, *SMALL, "--critic-path", encoder, name="ids", status=2)
+    assert "its tokenizer is not the actor's, so it would misread the actor's tokens" in capsys.readouterr().err
+
+
 def test_a_critic_saved_before_critics_said_what_they_are_is_read(train: Train, game: list[str]) -> None:
     run = train("archer", *game, *SMALL, "--critic-body", "actor")
     folder = sorted((run.out / "checkpoints").iterdir())[-1] / "critic"
