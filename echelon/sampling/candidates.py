@@ -42,9 +42,11 @@ class Chooser:
     """A sampler that draws `candidates` completions from another one and answers with one of them, ε-greedily.
 
     The best is the one with the largest score, drawn first among equals; at random, each is as likely as the others, so
-    that what is said is what the sampler below would have said. With a temperature T better ones are only more likely,
-    in proportion to e^(score / T): a score that errs then does not say one thing again and again. Everything that was drawn is kept in `offers`, under
-    the seed of the request (`Turn.seed`), until `take` is called. Candidates have a random stream each.
+    that what is said is what the sampler below would have said. With a temperature T the better ones are only likelier,
+    in proportion to e^(score / T): where scores err, nobody says the same thing again and again.
+
+    Everything that was drawn is kept in `offers`, under the seed of the request (`Turn.seed`), until `take` is called.
+    Candidates have a random stream each.
     """
 
     def __init__(
