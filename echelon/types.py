@@ -122,8 +122,8 @@ class Episode:
         return path[::-1]
 
     def conversation(self, turn: Turn) -> list[Message]:
-        """The prompt of `turn` as messages: what its role had heard and said on its branch before it, since it last began
-        afresh. Utterances between which it heard nothing are one message.
+        """The prompt of `turn` as messages: what its role had heard and said on its branch before it, since it last
+        began afresh. Utterances between which it heard nothing are one message.
         """
         messages: list[Message] = []
         for own in (other for other in self.path(turn) if other.role == turn.role):

@@ -1,4 +1,4 @@
-"""What learns beside a policy that writes tokens: a value model that reads them, and texts the policy goes on imitating.
+"""What learns beside a policy that writes tokens: a value model that reads them, texts the policy goes on imitating.
 
 Opens and reads; how they learn is in `echelon.train`.
 """

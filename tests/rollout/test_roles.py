@@ -180,7 +180,8 @@ def test_a_role_that_begins_afresh_knows_only_what_it_is_told_now() -> None:
     (episode,) = asyncio.run(collect(TASKS[:1], play, seed=0))
     first, second, third = episode.turns
     assert [turn.afresh for turn in episode.turns] == [False, True, False]
-    assert second.parent == 0 and second.seed != first.seed
+    assert second.parent == 0
+    assert second.seed != first.seed
     assert second.prompt == Renderer(tokenizer()).render(user("right or wrong?"))
     assert third.prompt[: len(second.prompt)] == second.prompt
     assert [message["content"] for message in episode.conversation(third)] == [
