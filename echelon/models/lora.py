@@ -402,15 +402,13 @@ class AdapterView(nn.Module):
 
     def _speak(self) -> None:
         """Make this adapter the one that takes part, and the model's mode (training or not) this view's."""
-        voice, training = (
-            (self._above[0].voice, self._above[0].training) if self._above else (self.voice, self.training)
-        )
-        if speaking(self.model) != voice:
-            assert voice, "only within `as_` does no adapter speak, and there it is so already"
+        whole = self._above[0] if self._above else self
+        if speaking(self.model) != whole.voice:
+            assert whole.voice, "only within `as_` does no adapter speak, and there it is so already"
             with _flags_kept(self.model):
-                self.model.set_adapter(voice)
-        if self.model.training != training:
-            self.model.train(training)
+                self.model.set_adapter(whole.voice)
+        if self.model.training != whole.training:
+            self.model.train(whole.training)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
