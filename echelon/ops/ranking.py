@@ -27,16 +27,6 @@ def epsilon_greedy(values_K: Float[Tensor, "K"], *, epsilon: float, explore: flo
     return int(values_K.argmax())
 
 
-def softmax_choice(values_K: Float[Tensor, "K"], *, temperature: float, pick: float) -> int:
-    """Which candidate is taken: each with a probability in proportion to e^(value / temperature).
-
-    Of draws from a policy π that is, with many of them, π · e^(value / T), normalised: what a step of policy
-    improvement with T times KL to π asks for. `pick` is a uniform draw from [0, 1).
-    """
-    summed_K = torch.softmax(values_K / temperature, 0).cumsum(0)
-    return min(int(torch.searchsorted(summed_K, pick * float(summed_K[-1]), right=True)), len(values_K) - 1)
-
-
 def candidate_scores(
     q_NK: Float[Tensor, "N K"],
     chosen_N: Int[Tensor, "N"],

@@ -127,9 +127,6 @@ class Config(RunConfig):
     """Steps in which only the critic learns."""
     candidates: int = 1
     """After the warm-up, the critic picks every utterance among this many; 1 plays what the actor draws."""
-    choice_temperature: float = 0.0
-    """Candidates are picked with a probability in proportion to e^(min Q / this), in the unit of the return; 0 picks
-    the best. A critic that has seen little errs, and the best of many is often its error."""
     freeze_actor: bool = False
     """Only the critic learns; with candidates, that is CHAI."""
     actor_states: Literal["replay", "rollout"] = "replay"
@@ -191,9 +188,6 @@ def _check_actor(cfg: Config) -> None:
     replayed, frozen = cfg.actor_states == "replay", cfg.freeze_actor
     because = "what the critic picked is not what the actor would draw. Set actor_states = replay, or freeze_actor."
     demand(cfg, "candidates", cfg.candidates == 1 or replayed or frozen, because)
-    useless = cfg.choice_temperature == 0 or cfg.candidates > 1
-    demand(cfg, "choice_temperature", cfg.choice_temperature >= 0, "it divides Q. Give 0 for the best, or 0.3.")
-    demand(cfg, "choice_temperature", useless, "nothing is chosen from one candidate. Set candidates = 8, or 0 here.")
     played = bool(cfg.env) or not cfg.offline
     demand(cfg, "candidates", cfg.candidates == 1 or played, "off-line nothing is played without env. Give it, or 1.")
     demand(cfg, "actor_states", replayed or not cfg.offline, "off-line nothing is played. Set actor_states = replay.")
@@ -316,7 +310,7 @@ def player(cfg: Config, env: EnvSpec | None, levels: Levels) -> Callable[[int], 
     if env is None:
         return lambda step: []
     score = critic_score(levels.online, tokens_per_pass=cfg.tokens_per_pass)
-    chooser = Chooser(levels.role.sampler, score, cfg.candidates, temperature=cfg.choice_temperature)
+    chooser = Chooser(levels.role.sampler, score, cfg.candidates)
     choosing = Role("actor", chooser, levels.role.renderer, levels.role.params)
     alone, both = (env_loop(env.make, role, max_turns=cfg.max_turns) for role in (levels.role, choosing))
     tasks = env.tasks("test" if cfg.offline else "train")

@@ -18,7 +18,7 @@ from echelon.data.packing import Batch, Said, Sampled, pack, pack_branches, pack
 from echelon.models.heads import Places, Spans, UtteranceCritic
 from echelon.models.lm import attention_inputs
 from echelon.models.ranker import Ranker
-from echelon.ops.ranking import epsilon_greedy, softmax_choice
+from echelon.ops.ranking import epsilon_greedy
 from echelon.seeds import derive_seed
 from echelon.types import Completion, Sampler, SamplingParams
 
@@ -42,18 +42,13 @@ class Chooser:
     """A sampler that draws `candidates` completions from another one and answers with one of them, ε-greedily.
 
     The best is the one with the largest score, drawn first among equals; at random, each is as likely as the others, so
-    that what is said is what the sampler below would have said. With a temperature T the better ones are only likelier,
-    in proportion to e^(score / T): where scores err, nobody says the same thing again and again.
-
-    Everything that was drawn is kept in `offers`, under the seed of the request (`Turn.seed`), until `take` is called.
-    Candidates have a random stream each.
+    that what is said is what the sampler below would have said. Everything that was drawn is kept in `offers`, under
+    the seed of the request (`Turn.seed`), until `take` is called. Candidates have a random stream each.
     """
 
-    def __init__(
-        self, sampler: Sampler, score: Score, candidates: int, *, epsilon: float = 0.0, temperature: float = 0.0
-    ) -> None:
+    def __init__(self, sampler: Sampler, score: Score, candidates: int, *, epsilon: float = 0.0) -> None:
         assert candidates >= 1, "somebody has to be chosen"
-        self.sampler, self.candidates, self.epsilon, self.temperature = sampler, candidates, epsilon, temperature
+        self.sampler, self.candidates, self.epsilon = sampler, candidates, epsilon
         self.offers: dict[int, Offer] = {}
         self._together = Together(score)
 
@@ -70,11 +65,7 @@ class Chooser:
         values = dict(zip(distinct, await self._together(list(distinct.values())), strict=True))
         q = [values[tuple(completion.tokens)] for completion in drawn]
         explore, pick = np.random.Generator(np.random.Philox(derive_seed(params.seed, "choice"))).random(2).tolist()
-        q_K = torch.tensor(q, dtype=torch.float64)
-        if self.temperature and explore >= self.epsilon:
-            chosen = softmax_choice(q_K, temperature=self.temperature, pick=pick)
-        else:
-            chosen = epsilon_greedy(q_K, epsilon=self.epsilon, explore=explore, pick=pick)
+        chosen = epsilon_greedy(torch.tensor(q, dtype=torch.float64), epsilon=self.epsilon, explore=explore, pick=pick)
         self.offers[params.seed] = Offer(prompt, list(drawn), q, chosen, explore < self.epsilon)
         return drawn[chosen]
 

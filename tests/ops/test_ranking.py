@@ -13,7 +13,6 @@ from echelon.ops.ranking import (
     candidate_scores,
     epsilon_greedy,
     exploration_rate,
-    softmax_choice,
     spread,
     utterance_gae,
     value_bias,
@@ -39,16 +38,6 @@ def test_the_best_is_taken_unless_any_is(explore: float, pick: float, expected: 
 def test_the_first_of_equals_is_taken_and_without_exploring_never_another() -> None:
     assert epsilon_greedy(torch.tensor([1.0, 2.0, 2.0]), epsilon=0.0, explore=0.0, pick=0.9) == 1
     assert epsilon_greedy(torch.tensor([1.0, 2.0, 2.0]), epsilon=1.0, explore=0.999, pick=0.0) == 0
-
-
-def test_a_temperature_makes_better_ones_likelier_and_equal_ones_as_likely() -> None:
-    values = torch.tensor([0.0, math.log(3.0), 0.0], dtype=torch.float64)  # 1 : 3 : 1
-    picks = [softmax_choice(values, temperature=1.0, pick=(place + 0.5) / 1000) for place in range(1000)]
-    assert [picks.count(place) for place in range(3)] == [200, 600, 200]
-    picks = [softmax_choice(values, temperature=0.5, pick=(place + 0.5) / 1100) for place in range(1100)]
-    assert [picks.count(place) for place in range(3)] == [100, 900, 100]  # 1 : 9 : 1
-    assert softmax_choice(values, temperature=1e-9, pick=0.999) == 1
-    assert softmax_choice(values, temperature=1.0, pick=1 - 2**-53) == 2
 
 
 def test_what_really_was_earned_stands_for_the_one_that_ended_the_episode() -> None:

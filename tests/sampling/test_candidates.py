@@ -82,23 +82,6 @@ def test_a_random_choice_is_any_of_them_alike(engine: LocalSampler) -> None:
     assert sum(offer.explored for offer in found) == pytest.approx(100, abs=30)
 
 
-def test_with_a_temperature_better_ones_are_only_likelier(engine: LocalSampler) -> None:
-    async def run(temperature: float) -> list[Offer]:
-        chooser = Chooser(engine, last_token, 4, temperature=temperature)
-        params = [SamplingParams(max_tokens=4, seed=seed) for seed in range(200)]
-        await asyncio.gather(*(chooser.sample(PROMPT, one) for one in params))
-        return list(chooser.take().values())
-
-    def best(found: list[Offer]) -> int:
-        return sum(offer.q[offer.chosen] == max(offer.q) for offer in found)
-
-    cold, warm, hot = (asyncio.run(run(temperature)) for temperature in (1e-3, 100.0, 1e9))
-    assert best(cold) == 200
-    assert 70 < best(warm) < 160
-    assert best(hot) == pytest.approx(50, abs=20)
-    assert not any(offer.explored for offer in hot)
-
-
 def test_equal_texts_are_worth_the_same_whatever_rounding_says(engine: LocalSampler) -> None:
     class Same:
         """Says the same, whoever asks."""
