@@ -25,6 +25,7 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
+    ClassVar,
     Literal,
     TypeVar,
     Union,
@@ -307,6 +308,9 @@ class PlayConfig(CommandConfig):
     judge: Settings = field(default_factory=dict)
     """The endpoint that judges answers, where `reward` names judge: url, model, and more."""
 
+    worth: ClassVar[tuple[str, ...]] = ("reward", "env")
+    """Settings any of which says what an answer is worth."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.env and not self.data.path:
@@ -314,8 +318,9 @@ class PlayConfig(CommandConfig):
                 "env is missing: nothing says what to do. Give --env, or --data.path with prompts and --reward."
             )
         demand(self, "env", not (self.env and self.data.path), "data.path gives tasks too. Keep one of the two.")
+        others = "".join(f" Or give {_flag(name)}." for name in self.worth if name not in ("reward", "env"))
         because = "nothing says what an answer is worth. Give math, code, path.py:function, or a reward model's folder."
-        demand(self, "reward", bool(self.reward or self.env), because)
+        demand(self, "reward", any(getattr(self, name) for name in self.worth), because + others)
         because = "reward names a judge and nothing says where. Give url=… model=…."
         demand(self, "judge", "judge" not in self.reward or bool(self.judge), because)
         because = "nobody is asked to judge. Add judge to reward."

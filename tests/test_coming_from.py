@@ -12,7 +12,7 @@ import pytest
 from echelon import cli
 from echelon.config import load
 from echelon.errors import ConfigError
-from tests.test_docs import CODE, FENCE, columns, config_of, prose
+from tests.test_docs import CODE, FENCE, LINK, columns, config_of, prose
 
 PAGE = Path(__file__).parents[1] / "docs" / "coming-from.md"
 ROWS = "--out r --model.path m --data.path d"
@@ -114,6 +114,29 @@ def test_every_recipe_that_a_heading_names_exists_and_so_does_every_defect() -> 
     assert {recipe for recipe, _ in MAPPINGS} == NEEDED.keys()
     assert NEEDED.keys() <= cli.recipes().keys()
     assert len(list(columns(sections()["Defects that are fixed"], "here"))) == DEFECTS
+
+
+TOSCA = {"train_straQ": "strategist", "train_ppo": "responder", "train_hrl": "tosca", "interactive_chat": "chat"}
+"""Scripts whose flags stand where their recipe is described, and the recipe."""
+
+
+def test_scripts_of_tosca_are_sent_to_the_table_of_their_flags() -> None:
+    rows = {row["script"].strip("`"): row for row, _ in columns(sections()["ToSCA"], "script")}
+    assert rows.keys() == TOSCA.keys()
+    for script, recipe in TOSCA.items():
+        assert f"`echelon {recipe}`" in rows[script]["here"]
+        ((_, target),) = LINK.findall(rows[script]["flags"])
+        page, _, anchor = target.partition("#")
+        text = prose(PAGE.parent / page)
+        (heading,) = (line for line in re.findall(r"^#+ .+$", text, re.MULTILINE) if anchor_of(line) == anchor)
+        assert script in heading
+        table = re.split(r"^#+ ", text.partition(heading)[2], flags=re.MULTILINE)[0]
+        assert len([row for row, _ in columns(table, "flag") if row["here"]]) >= 10
+
+
+def anchor_of(heading: str) -> str:
+    """What a link says to come to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lstrip("# ").lower()).replace(" ", "-")
 
 
 def test_a_mapping_to_what_does_not_exist_would_be_found() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from echelon.data.replay import Transition, transitions
-from echelon.data.schemas import Prompt, read_row
+from echelon.data.schemas import read_prompt
 from echelon.data.sources import Source, open_tables
 from echelon.errors import DataError, did_you_mean
 from echelon.text.chat import Renderer
@@ -144,9 +144,7 @@ def _decision(cells: Mapping[str, Any], where: str) -> Decision:
 
 
 def _seen(cells: Mapping[str, Any], column: str, where: str) -> list[Message]:
-    row = read_row(cells, (column,), "prompt", where)
-    assert isinstance(row, Prompt)
-    return row.messages
+    return read_prompt(cells[column], column, where, may_be_empty=True)
 
 
 def _said(value: Any, where: str) -> str:

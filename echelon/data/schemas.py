@@ -116,7 +116,7 @@ def read_row(cells: Mapping[str, Any], layout: Columns, schema: Schema, where: s
         messages = _conversation(cells[asked], asked, where)
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages  # an answer to imitate
     else:
-        messages = _prompt(cells[asked], asked, where)
+        messages = read_prompt(cells[asked], asked, where)
     return Prompt(messages, {column: value for column, value in cells.items() if column != asked}, where)
 
 
@@ -139,7 +139,7 @@ def _read_sft(cells: Mapping[str, Any], layout: Columns, where: str) -> Sft:
         messages = _conversation(cells["messages"], "messages", where)
     else:
         asked, said = layout
-        prompt = _prompt(cells[asked], asked, where)
+        prompt = read_prompt(cells[asked], asked, where)
         answer = _answer(cells[said], said, where, may_be_empty=said == "chosen")
         answer, prompt = _after(prompt, answer, said, where)
         messages = [*prompt, *answer]
@@ -155,7 +155,7 @@ def _read_sft(cells: Mapping[str, Any], layout: Columns, where: str) -> Sft:
 
 def _read_preference(cells: Mapping[str, Any], layout: Columns, where: str) -> Preference:
     asked, better, worse = layout
-    prompt = _prompt(cells[asked], asked, where)
+    prompt = read_prompt(cells[asked], asked, where)
     chosen, before = _after(prompt, _answer(cells[better], better, where, may_be_empty=True), better, where)
     rejected, also = _after(prompt, _answer(cells[worse], worse, where, may_be_empty=True), worse, where)
     if before != also:
@@ -181,8 +181,10 @@ def _shared_turns(chosen: Sequence[Message], rejected: Sequence[Message]) -> int
     return same
 
 
-def _prompt(value: Any, name: str, where: str) -> list[Message]:
-    messages = _conversation(value, name, where)
+def read_prompt(value: Any, name: str, where: str, *, may_be_empty: bool = False) -> list[Message]:
+    """What was said before an answer. With `may_be_empty` the assistant may have said nothing: it was recorded, and
+    nobody is to imitate it."""
+    messages = _conversation(value, name, where, may_be_empty=may_be_empty)
     if messages[-1]["role"] == "assistant":
         raise DataError(
             f"{where}: the last message of '{name}' is the assistant's, so there is nothing to answer. Let it end with "
@@ -220,7 +222,7 @@ def _bare(message: Message) -> tuple[str, str]:
     return message["role"], message["content"].strip()
 
 
-def _conversation(value: Any, name: str, where: str) -> list[Message]:
+def _conversation(value: Any, name: str, where: str, *, may_be_empty: bool = False) -> list[Message]:
     """Text as the message of a user, a list as the messages it holds; `messages` may also be a list written as JSON."""
     if name == "messages" and isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -231,7 +233,7 @@ def _conversation(value: Any, name: str, where: str) -> list[Message]:
             ) from error
     if not isinstance(value, list | tuple) and (name != "messages" or value is None):
         return [Message(role="user", content=_text(value, f"'{name}'", where))]
-    messages = _messages(value, name, where)
+    messages = _messages(value, name, where, may_be_empty=may_be_empty)
     _check_roles(messages, name, where)
     return messages
 

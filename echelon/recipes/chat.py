@@ -3,7 +3,9 @@
 A policy answers as it is. In a run of rank the ranker picks every answer among several candidates, in a run of archer
 the critic if more than one is asked for; all of them are shown with what each is thought to be worth. In a run of tosca
 the strategist chooses how to reply, which is shown beside the values of the other strategies, and the responder writes
-the reply. Answers appear as they are written. Three lines are for the console: clear, exit, save FILE.
+the reply. In a run of feedback every message is a problem: the solver attempts it, the coach says something about that,
+and the answer is the solver's last attempt. Answers appear as they are written. Three lines are for the console: clear,
+exit, save FILE.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,21 +29,27 @@ from echelon.errors import ConfigError, EchelonError
 from echelon.models.reward import most_positions
 from echelon.rollout.candidates import step_record
 from echelon.rollout.dialogue import RESPONDER, Dialogists, choice_record, fitted, named, reading
+from echelon.rollout.feedback import COACH, SOLVER, Shape, feedback_tree
 from echelon.rollout.levels import has_levels, open_dialogists
-from echelon.rollout.players import env_of_run, open_policy, speaker
+from echelon.rollout.players import env_of_run, open_policy
 from echelon.rollout.roles import Role
+from echelon.rollout.round_players import open_round_players, run_of, solver_path
+from echelon.rollout.rounds import RoundPlayers
 from echelon.rollout.setup import describe, set_threads
 from echelon.sampling.candidates import Chooser
 from echelon.seeds import derive_seed
 from echelon.text.dialogue import ASSISTANT, USER, DialogueState, strategist_prompt
 from echelon.train.checkpoint import Label
-from echelon.types import Episode, Message, SamplingParams, Turn
+from echelon.types import Episode, Message, Play, SamplingParams, Step, Task, Turn
 
 FOLDER = "model.path"
 """What a run directory or another model means that is named before the flags."""
+MAX_TOKENS, MAX_PROMPT_TOKENS = 512, 4096
+"""Lengths where neither the settings nor a run of feedback say them."""
 
 Tell = Callable[[Mapping[str, Any]], None]
-"""Told what a reply was chosen from, before it is said."""
+"""Told what a reply was chosen from, before it is said; or the turns that come before it, all of them every time, as
+they grow."""
 Show = Callable[[str], bool]
 """Shown the reply as it grows, all of it every time; False, so that it goes on."""
 
@@ -70,11 +78,11 @@ class Config(CommandConfig):
     """What the user feels, where a strategist or responder is told; at a terminal it is asked for."""
     description: str = ""
     """What the conversation is about, likewise."""
-    max_tokens: int = 512
-    """Longest answer, in tokens."""
-    max_prompt_tokens: int = 4096
+    max_tokens: int = 0
+    """Longest answer, in tokens; 0 is 512, and of a run of feedback what each level had in training."""
+    max_prompt_tokens: int = 0
     """Most tokens of the conversation that are read, or what the model can read; the oldest exchange is dropped
-    first."""
+    first. 0 is 4096, and of a run of feedback what each level had in training."""
     temperature: float = 0.2
     """Divides the logits; 0 always takes the most likely token."""
     top_k: int = 0
@@ -94,7 +102,7 @@ class Config(CommandConfig):
         super().__post_init__()
         require(self, "model.path")
         for name in ("max_tokens", "max_prompt_tokens"):
-            demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
+            demand(self, name, getattr(self, name) >= 0, "tokens are counted. Give 1 or more, or 0 for the usual.")
         at = not isinstance(self.label, int) or self.label >= 0
         demand(self, "label", at, "steps are counted from 0. Give one of those in <run>/checkpoints.")
         demand(self, "candidates", self.candidates >= 0, "they are counted. Give 1 to let the model say what it draws.")
@@ -111,6 +119,8 @@ class Partner(Protocol):
     """Who answers."""
 
     modules: dict[str, nn.Module]
+    roles: list[Role]
+    """Those who speak."""
 
     async def answer(self, said: str, tell: Tell, show: Show) -> str:
         """The reply to a message; the conversation goes on with both."""
@@ -129,7 +139,7 @@ class Policy:
     """One model, alone or with what picks among its candidates. It continues the exact tokens of the conversation."""
 
     def __init__(self, role: Role, module: nn.Module, *, opening: Sequence[Message], start: str, seed: int) -> None:
-        self.role, self.modules = role, {role.name: module}
+        self.role, self.modules, self.roles = role, {role.name: module}, [role]
         self._opening, self._start, self._seed, self._conversations = list(opening), start, seed, 0
         self.clear()
 
@@ -161,7 +171,7 @@ class Levels:
     """A strategist, if there is one, and a responder: both read the conversation anew at every turn."""
 
     def __init__(self, who: Dialogists, modules: dict[str, nn.Module], *, emotion: str, description: str, seed: int):
-        self.who, self.modules = who, modules
+        self.who, self.modules, self.roles = who, modules, [who.responder]
         self.emotion, self.description = emotion, description
         self._seed, self._conversations = seed, 0
         self.clear()
@@ -194,12 +204,96 @@ class Levels:
         return {"emotion": self.emotion, "description": self.description, "messages": messages}
 
 
+class Rounds:
+    """A solver, and a coach if there is one. Every message is a problem of its own, played as in training: nobody
+    knows the ones before. The answer is the solver's last attempt."""
+
+    def __init__(self, who: RoundPlayers, *, rounds: int, opening: Sequence[Message], start: str, seed: int) -> None:
+        self.who, self.modules = who, who.modules
+        self.roles = [who.solver] if who.coach is None else [who.solver, who.coach]
+        self._rounds, self._opening, self._start, self._seed = rounds, list(opening), start, seed
+        self._conversations = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the problems so far; the next ones have random draws of their own."""
+        self._drawn = derive_seed(self._seed, "chat", self._conversations)
+        self._asked = 0
+        self._said: list[Message] = []
+        self._turns: list[list[dict[str, str]]] = []
+        self._conversations += 1
+
+    async def answer(self, said: str, tell: Tell, show: Show) -> str:
+        """The last attempt, shown as it grows; the turns before it are told as they do."""
+        problem = _message("user", self._start + said)
+        episode = Episode("chat", seed=derive_seed(self._drawn, self._asked))
+        self._asked += 1
+        before = len(self.roles) * self._rounds if self.who.context != "example" else 1
+
+        def grows(text: str) -> bool:
+            *done, last = episode.turns
+            if len(done) < before:
+                tell({"turns": [*_spoken(done), {"role": last.role, "text": text}]})
+                return False
+            tell({"turns": _spoken(done)})
+            return show(text)
+
+        await self._play([*self._opening, problem], grows)(Task("chat"), episode)
+        *done, last = episode.turns
+        tell({"turns": _spoken(done)})
+        self._said += [problem, _message("assistant", last.text)]
+        self._turns.append(_spoken(done))
+        return last.text
+
+    def transcript(self) -> dict[str, Any]:
+        """Problems and answers, and for each answer the turns that came before it."""
+        return {"messages": [*(self._opening if self._said else ()), *self._said], "turns": self._turns}
+
+    def _play(self, problem: Sequence[Message], grows: Show) -> Play:
+        """How a problem is solved, one attempt and one remark at a time."""
+        heard = [Role(r.name, r.sampler, r.renderer, replace(r.params, stop_when=grows)) for r in self.roles]
+        return feedback_tree(
+            lambda task: _Unjudged(problem),
+            heard[0],
+            heard[1] if len(heard) > 1 else None,
+            shape=Shape(rounds=self._rounds),
+            templates=self.who.templates,
+            context=self.who.context,
+            fixed=self.who.fixed,
+        )
+
+
+class _Unjudged:
+    """A problem that somebody typed: nobody knows its answer, so no attempt earns anything."""
+
+    def __init__(self, problem: Sequence[Message]) -> None:
+        self.problem = problem
+
+    @classmethod
+    def tasks(cls, split: str) -> list[Task]:
+        """None are known before they are typed."""
+        return []
+
+    def start(self) -> Sequence[Message]:
+        """What was typed."""
+        return self.problem
+
+    def step(self, action: str) -> Step:
+        """The end."""
+        return Step(terminated=True)
+
+
+def _spoken(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "text": turn.text} for turn in turns]
+
+
 def main(cfg: Config) -> None:
     """Open who answers, and talk until the input ends or somebody says exit."""
     partner = open_partner(cfg)
     set_threads(cfg.threads, next(iter(partner.modules.values())))
     if cfg.dry_run:
-        return describe(partner.modules, tokens_per_step=cfg.max_prompt_tokens + cfg.max_tokens)
+        longest = max((role.renderer.max_tokens or 0) + role.params.max_tokens for role in partner.roles)
+        return describe(partner.modules, tokens_per_step=longest)
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if sys.stdin.isatty() and sys.stdout.isatty():
@@ -218,10 +312,14 @@ def open_partner(cfg: Config) -> Partner:
         repetition_penalty=cfg.repetition_penalty,
         stop=cfg.stop,
     )
-    sampling = SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens)
     system = _read("system_file", cfg.system_file) or cfg.system
+    opening = [_message("system", system)] if system else []
     start = _read("start_file", cfg.start_file)
-    folder = speaker(cfg.model.path, cfg.label)
+    folder = solver_path(cfg.model.path, cfg.label)
+    if run := run_of(folder):
+        return open_rounds(cfg, folder, run, params, opening=opening, start=start and f"{start}\n")
+    params = replace(params, max_tokens=cfg.max_tokens or MAX_TOKENS)
+    sampling = SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens or MAX_PROMPT_TOKENS)
     if cfg.strategist or has_levels(Path(folder).parent):
         if system or start:
             raise ConfigError("system and start_file: a responder's prompt has no place for them. Give description.")
@@ -230,12 +328,37 @@ def open_partner(cfg: Config) -> Partner:
             folder, model=cfg.model, sampling=sampling, params=params, env=env, strategist=cfg.strategist
         )
         modules = {RESPONDER: who.responder.sampler.module}  # type: ignore[attr-defined]
-        _fit_budget(cfg, modules[RESPONDER], who.responder, *([who.strategist] if who.strategist else []))
+        _fit_budget(modules[RESPONDER], params, sampling, who.responder, *([who.strategist] if who.strategist else []))
         return Levels(who, modules, emotion=cfg.emotion, description=cfg.description, seed=cfg.seed)
     actor = open_policy(folder, cfg.model, sampling, params, candidates=cfg.candidates)
-    _fit_budget(cfg, actor.module, actor.role)
-    opening = [_message("system", system)] if system else []
+    _fit_budget(actor.module, params, sampling, actor.role)
     return Policy(actor.role, actor.module, opening=opening, start=start and f"{start}\n", seed=cfg.seed)
+
+
+def open_rounds(
+    cfg: Config, folder: str, run: Mapping[str, Any], params: SamplingParams, *, opening: Sequence[Message], start: str
+) -> Rounds:
+    """The solver in a folder of a run of feedback with these settings, and the coach beside it."""
+    if cfg.candidates > 1:
+        raise ConfigError(
+            f"candidates = {cfg.candidates}: in a run of feedback nobody picks among answers. Leave it out."
+        )
+    if cfg.strategist:
+        raise ConfigError(
+            f"strategist = {cfg.strategist}: in a run of feedback problems are solved, and nobody chooses how to "
+            "reply. Leave it out."
+        )
+    if run.get("context") == "stranger":
+        raise ConfigError(
+            f"{cfg.model.path}: its coach speaks about another problem than the one that is solved (context = "
+            "stranger), and here there is no other. Use echelon evaluate with --rounds."
+        )
+    who = open_round_players(folder, model=cfg.model, params=params, max_prompt_tokens=cfg.max_prompt_tokens)
+    for name, role in ((SOLVER, who.solver), (COACH, who.coach)):
+        if role is not None:
+            read = SamplingConfig(max_prompt_tokens=role.renderer.max_tokens or MAX_PROMPT_TOKENS)
+            _fit_budget(who.modules.get(name, who.modules[SOLVER]), role.params, read, role)
+    return Rounds(who, rounds=int(run.get("rounds") or 1), opening=opening, start=start, seed=cfg.seed)
 
 
 def at_terminal(cfg: Config, partner: Partner) -> None:
@@ -249,11 +372,11 @@ def at_terminal(cfg: Config, partner: Partner) -> None:
             partner.emotion = partner.emotion or input("What do you feel (may be empty)? ").strip()
             partner.description = partner.description or input("What is it about (may be empty)? ").strip()
         for said in _messages(_typed(), partner, lambda text: console.print(Text(text, style="dim"))):
-            growing = _Growing()
+            growing = _Growing(console)
             try:
-                text = asyncio.run(partner.answer(said, lambda notes: console.print(_table(notes)), growing))
-                growing(text)
+                growing(asyncio.run(partner.answer(said, growing.tell, growing)))
             except EchelonError as error:
+                growing.end_line()
                 console.print(Text(" ".join(str(error).split()), style="red"))
             except KeyboardInterrupt:  # while it writes: only this answer is given up
                 console.print(Text(" (stopped)", style="dim"), end="")
@@ -309,12 +432,39 @@ def save(partner: Partner, file: Path) -> str:
 
 
 class _Growing:
-    """Prints what a text has more than before."""
+    """Prints what a text has more than before; on a console also what comes before it, dimmed."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
         self._shown = 0
+        self._told: list[int] = []
+        self._open = False
+
+    def tell(self, notes: Mapping[str, Any]) -> None:
+        """Print a table of what was chosen from; or what the turns before the answer have more than when last told."""
+        if "turns" not in notes:
+            return self._console.print(_table(notes))
+        for place, turn in enumerate(notes["turns"]):
+            if place == len(self._told):
+                self.end_line()
+                self._told.append(0)
+                self._dim(f"{turn['role']}> ")
+            if more := turn["text"][self._told[place] :]:
+                self._dim(more)
+                self._told[place] += len(more)
+
+    def end_line(self) -> None:
+        """End the line of a turn that was told."""
+        if self._open:
+            self._console.print()
+        self._open = False
+
+    def _dim(self, text: str) -> None:
+        self._console.print(Text(text, style="dim"), end="", soft_wrap=True)
+        self._open = True
 
     def __call__(self, text: str) -> bool:
+        self.end_line()
         print(text[self._shown :], end="", flush=True)
         self._shown = max(self._shown, len(text))
         return False
@@ -333,16 +483,16 @@ def _table(notes: Mapping[str, Any]) -> Table:
     return table
 
 
-def _fit_budget(cfg: Config, module: nn.Module, *roles: Role) -> None:
+def _fit_budget(module: nn.Module, params: SamplingParams, sampling: SamplingConfig, *roles: Role) -> None:
     """Read no more of a conversation than the model can besides its answer."""
-    room = most_positions(module) - cfg.max_tokens
+    room = most_positions(module) - params.max_tokens
     if room < 1:
         raise ConfigError(
-            f"max_tokens = {cfg.max_tokens}: the model reads {most_positions(module)} tokens in all, so no question "
+            f"max_tokens = {params.max_tokens}: the model reads {most_positions(module)} tokens in all, so no question "
             "would fit beside the answer. Give less."
         )
     for role in roles:
-        role.renderer.max_tokens = min(cfg.max_prompt_tokens, room)
+        role.renderer.max_tokens = min(sampling.max_prompt_tokens, room)
 
 
 def _read(setting: str, path: str) -> str:

@@ -7,6 +7,9 @@ evaluation.json (the average score, and of every episode what it scored, how it 
 where a ranker or a critic picked among candidates, all of them, with what each was thought to be worth), episodes.jsonl
 and summary.json; those of an earlier evaluation are replaced only with --overwrite.
 
+With `reference` the last utterance of every episode is also compared with the reply that the task's data hold: BLEU-2,
+ROUGE-L and Distinct-2 of all of them together.
+
 With `rounds` a solver and a coach play instead: every problem is solved, remarked on and solved again so many times,
 whether or not an answer was right, and accuracy is reported for every turn (docs/rounds.md). Such an evaluation goes on
 where it was killed.
@@ -31,7 +34,7 @@ from echelon.config import ModelConfig, PlayConfig, SamplingConfig, demand, requ
 from echelon.data.recorded import transition_rows
 from echelon.envs import EnvSpec
 from echelon.envs.players import make_player
-from echelon.errors import CheckpointError, ConfigError
+from echelon.errors import CheckpointError, ConfigError, DataError, need
 from echelon.rollout.candidates import step_record
 from echelon.rollout.dialogue import RESPONDER, STRATEGIST, choice_record
 from echelon.rollout.evaluate import Estimate, bootstrap, evaluation_record, scripted_loop, summarise
@@ -39,16 +42,17 @@ from echelon.rollout.feedback import SOLVER
 from echelon.rollout.levels import has_levels, open_dialogists
 from echelon.rollout.players import open_policy, speaker
 from echelon.rollout.plays import env_loop
-from echelon.rollout.rewards import open_rewards, open_tasks
+from echelon.rollout.rewards import answer_in, open_rewards, open_tasks
 from echelon.rollout.roles import Role, collect
 from echelon.rollout.round_players import open_round_players, run_of, solver_path
 from echelon.rollout.rounds import RoundFiles, Row, check_failures, play_rounds
 from echelon.rollout.rounds_summary import summarise_rounds
 from echelon.rollout.setup import describe, set_threads
 from echelon.sampling.candidates import Chooser
+from echelon.text.metrics import LIBRARIES, text_scores
 from echelon.train.checkpoint import Label
 from echelon.train.log import episode_rows
-from echelon.types import Episode, Play, SamplingParams
+from echelon.types import Episode, Play, SamplingParams, Task
 
 EPISODES, MAX_TOKENS, MAX_PROMPT_TOKENS = 200, 32, 1024
 """Where nobody says how many, and how long."""
@@ -71,7 +75,7 @@ class Config(PlayConfig):
     player: Literal["model", "random", "optimal"] = "model"
     """The model, or a scripted player of the environment instead."""
     split: Literal["train", "test"] = "test"
-    """Whose tasks are played."""
+    """Whose tasks are played; of a data set where nothing is held out, all of them."""
     episodes: int = 0
     """How many are played; 0 plays 200, with `rounds` every problem once."""
     max_turns: int = 100
@@ -109,10 +113,15 @@ class Config(PlayConfig):
     """What comes between two attempts (rounds), in place of what did in training: the coach's words on the last one
     (coach) or on another problem (stranger), the same words always (fixed), nothing (none), or before the first attempt
     a worked example (example)."""
+    reference: str = ""
+    """Column of the data set, or key of a task's data, with the reply that a person gave: what is said last in every
+    episode is compared with it, and nothing else has to say what an answer is worth."""
     transitions: str = ""
     """File to record every decision in, for `archer --offline`: one row per turn; one that is there is replaced."""
     overwrite: bool = False
     """Replace the evaluation that is in the directory."""
+
+    worth = (*PlayConfig.worth, "reference")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,7 +150,7 @@ def _check_rounds(cfg: Config) -> None:
         set_at_all = getattr(cfg, name) not in ("", 1)
         demand(cfg, name, not set_at_all or cfg.rounds > 0, "it is about rounds of feedback. Give --rounds, too.")
     demand(cfg, "player", cfg.player == "model" or not cfg.rounds, "no script solves problems. Leave rounds out.")
-    for name in ("transitions", "strategist", "candidates"):
+    for name in ("transitions", "strategist", "candidates", "reference"):
         because = "a solver and a coach play in rounds. Leave one of the two out."
         demand(cfg, name, not (getattr(cfg, name) and cfg.rounds), because)
     because = "a worked example comes before the one and only attempt. Give 1, or another context."
@@ -159,6 +168,15 @@ class Players:
     """What every step was chosen from, by the seed of its turn; nothing where nobody picked."""
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A number of all replies together, which is no mean over them and has no interval."""
+
+    mean: float
+    n: int
+    """How many replies."""
+
+
 def main(cfg: Config) -> None:
     """Play, print a table, write the files."""
     if cfg.rounds:
@@ -166,23 +184,26 @@ def main(cfg: Config) -> None:
     if cfg.player == "model" and run_of(solver_path(cfg.model.path, cfg.label)):
         raise ConfigError(f"rounds = 0: {cfg.model.path} learned to solve with feedback. Give --rounds 1, or more.")
     folder = speaker(cfg.model.path, cfg.label) if cfg.player == "model" else ""
-    out = results(cfg, Path(folder), cfg.split)
+    split = split_of(cfg)
+    out = results(cfg, Path(folder), split)
     check_out(out, overwrite=cfg.overwrite)
     env, rewards = open_tasks(cfg), open_rewards(cfg)
+    tasks = env.tasks(split)
+    chosen = [tasks[place % len(tasks)] for place in range(cfg.episodes or EPISODES)]
+    check_references(cfg.reference, chosen)
     who = open_players(cfg, env, folder)
     set_threads(cfg.threads, next(iter(who.modules.values()), None))
     if cfg.dry_run:
         most = (cfg.episodes or EPISODES) * cfg.max_turns * (cfg.max_tokens or MAX_TOKENS)
         return describe(who.modules, tokens_per_step=most * bool(who.roles))
 
-    tasks = env.tasks(cfg.split)
-    chosen = [tasks[place % len(tasks)] for place in range(cfg.episodes or EPISODES)]
     episodes = asyncio.run(collect(chosen, who.play, seed=cfg.seed, error_budget=cfg.error_budget))
     rewards.add(episodes)
 
-    found = estimates(episodes, tokens=bool(who.roles))
+    found: dict[str, Estimate | Score] = {**estimates(episodes, tokens=bool(who.roles))}
+    found |= compared(cfg.reference, episodes)
     failed = sum(episode.ending == "failed" for episode in episodes)
-    Console().print(table(cfg, found, cfg.split, failed=failed, of=len(episodes)))
+    Console().print(table(cfg, found, split, failed=failed, of=len(episodes)))
     decode = {role.name: role.renderer.decode for role in who.roles} or None
     record = evaluation_record(episodes, who.choices())
     write(out, cfg, found, episode_rows(episodes, decode=decode), record)
@@ -234,7 +255,7 @@ def speech(cfg: Config) -> SamplingParams:
 def evaluate_rounds(cfg: Config) -> None:
     """Solve, hear, solve again, on every problem; go on with an evaluation that was killed."""
     folder = solver_path(cfg.model.path, cfg.label)
-    split = "train" if cfg.data.path and not held_out(cfg) else cfg.split
+    split = split_of(cfg)
     out = results(cfg, Path(folder), f"{Path((*cfg.data.path, cfg.env)[0]).stem}_{split}_rounds_{cfg.rounds}")
     check_out(out, overwrite=cfg.overwrite)
     env, rewards = open_tasks(cfg), open_rewards(cfg)
@@ -270,9 +291,10 @@ def evaluate_rounds(cfg: Config) -> None:
     files.finish(rows, {"episodes": len(rows), "failed": failed, "estimates": estimates, "config": asdict(cfg)})
 
 
-def held_out(cfg: Config) -> bool:
-    """Whether a part of the prompts is held out; where none is, all of them are problems to evaluate on."""
-    return bool(cfg.data.eval_path or cfg.data.eval_split or cfg.data.eval_fraction)
+def split_of(cfg: Config) -> str:
+    """Whose tasks are played: where no part of the prompts is held out, all of them."""
+    held_out = cfg.data.eval_path or cfg.data.eval_split or cfg.data.eval_fraction
+    return "train" if cfg.data.path and not held_out else cfg.split
 
 
 def open_levels(cfg: Config, env: EnvSpec, folder: str, sampling: SamplingConfig, params: SamplingParams) -> Players:
@@ -298,7 +320,30 @@ def estimates(episodes: Sequence[Episode], *, tokens: bool) -> dict[str, Estimat
     return {**found, "truncated": bootstrap(cut_off)}
 
 
-def table(cfg: Config, found: Mapping[str, Estimate], split: str, *, failed: int, of: int) -> Table:
+def check_references(column: str, tasks: Iterable[Task]) -> None:
+    """Raise DataError for the first task without a reply to compare with, MissingExtra where libraries are missing."""
+    if not column:
+        return
+    for task in tasks:
+        if not isinstance(reply := task.data.get(column), str) or not reply.strip():
+            has = ", ".join(task.data) or "none"
+            why = f"has no text in '{column}', so nothing can be compared with it. Its columns are: {has}."
+            raise DataError(f"reference = {column}: task '{task.id}' {why}")
+    for library in LIBRARIES:
+        need(library, "text")
+
+
+def compared(column: str, episodes: Iterable[Episode]) -> dict[str, Score]:
+    """What was said last in every episode that did not fail, beside the reply of a person; nothing without a column."""
+    played = [(e, e.turns[-1]) for e in episodes if column and e.ending != "failed" and e.turns]
+    if not played:
+        return {}
+    said = [answer_in(episode, turn).completion for episode, turn in played]
+    scores = text_scores(said, [episode.data[column] for episode, _ in played])
+    return {name: Score(value, len(played)) for name, value in scores.items()}
+
+
+def table(cfg: Config, found: Mapping[str, Estimate | Score], split: str, *, failed: int, of: int) -> Table:
     """Means and intervals, for a person."""
     who = cfg.model.path if cfg.player == "model" else f"{cfg.player} player"
     lines = Table(
@@ -309,7 +354,7 @@ def table(cfg: Config, found: Mapping[str, Estimate], split: str, *, failed: int
         title=f"{who} in {cfg.env or ', '.join(cfg.data.path)}, {split} split",
     )
     for name, estimate in found.items():
-        interval = f"{estimate.low:.3f} to {estimate.high:.3f}"
+        interval = f"{estimate.low:.3f} to {estimate.high:.3f}" if isinstance(estimate, Estimate) else ""
         lines.add_row(name, f"{estimate.mean:.3f}", interval, str(estimate.n))
     if failed:
         lines.caption = f"{failed} of {of} episodes failed and are left out"
@@ -327,7 +372,7 @@ def check_out(out: Path, *, overwrite: bool) -> None:
 def write(
     out: Path,
     cfg: Config,
-    found: Mapping[str, Estimate],
+    found: Mapping[str, Estimate | Score],
     rows: Iterable[Mapping[str, Any]],
     evaluation: Mapping[str, Any],
 ) -> None:

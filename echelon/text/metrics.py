@@ -13,6 +13,9 @@ from itertools import pairwise
 
 from echelon.errors import need
 
+LIBRARIES = ("sacrebleu", "rouge_score.rouge_scorer")
+"""What `text_scores` needs: the extra `text`."""
+
 ROUNDS = 20
 """Of `preferences`: as many as in the paper that the measure is from."""
 
@@ -130,7 +133,7 @@ def text_scores(replies: Sequence[str], references: Sequence[str]) -> dict[str, 
     """
     assert replies, "nothing was said"
     return {
-        "bleu_2": bleu_2(replies, references),
-        "rouge_l": rouge_l(replies, references),
-        "distinct_2": distinct_2(replies),
+        "text/bleu2": bleu_2(replies, references),
+        "text/rouge_l": rouge_l(replies, references),
+        "text/distinct2": distinct_2(replies),
     }

@@ -67,6 +67,13 @@ def test_rows_become_the_transitions_of_their_episodes(tmp_path: Path, renderer:
     assert second[0].next_state == renderer.render([said("user", "blue sun no")])
 
 
+def test_an_utterance_that_said_nothing_is_a_decision_like_any_other(tmp_path: Path, renderer: Renderer) -> None:
+    begun = [said("user", "which door?")]
+    later = [*begun, said("assistant", ""), said("user", "say one")]
+    (episode,) = read(tmp_path, [row(begun, "", later), row(later, "left", None, 1.0, True)], renderer)
+    assert [len(step.action) for step in episode] == [1, len(renderer.action_ids("left"))]
+
+
 def test_rewards_of_several_steps_and_returns_are_those_of_any_episode(tmp_path: Path, renderer: Renderer) -> None:
     rows = [row("a", "x", "b", 1), row("b", "x", "c", 2), row("c", "x", None, 4, True)]
     (episode,) = read(tmp_path, rows, renderer, n_step=2)

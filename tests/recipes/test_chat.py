@@ -29,6 +29,7 @@ from echelon.recipes import chat
 from echelon.recipes.chat import Config, Levels, Policy, open_partner
 from echelon.rollout.players import open_policy
 from echelon.train.checkpoint import Checkpoints
+from tests.recipes import doors
 from tests.recipes.conftest import GAME, made
 from tests.test_docs import CODE, columns, prose, wrong_settings
 
@@ -130,6 +131,25 @@ def ranker(playing: list[object], tmp_path_factory: pytest.TempPathFactory) -> P
 def archer(playing: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     few = ("--critic-updates", 1, "--critic-episodes", 2, "--warmup-steps", 1)
     return trained(tmp_path_factory.mktemp("runs") / "archer", "archer", *playing, *few)
+
+
+@pytest.fixture(scope="module")
+def pupil(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that plays solver and coach: it opens doors with any key, and with the one it is told."""
+    return doors.pupil(tmp_path_factory.mktemp("pupil"))
+
+
+def solving(pupil: Path, out: Path, *words: object) -> Path:
+    """A run of feedback after one step, with utterances of one token."""
+    texts = [word for name, text in doors.TEMPLATES.items() for word in (f"--templates.{name.replace('_', '-')}", text)]
+    short = ["--solver.sampling.max-tokens", 1, "--coach.sampling.max-tokens", 1]
+    few = ["--env", doors.GAME, "--attempts", 2, "--tasks-per-step", 3, *short]
+    return trained(out, "feedback", "--solver.model.path", pupil, *few, *texts, *words)
+
+
+@pytest.fixture(scope="module")
+def feedback(pupil: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return solving(pupil, tmp_path_factory.mktemp("runs") / "feedback")
 
 
 @pytest.fixture
@@ -251,6 +271,19 @@ def test_levels_show_the_strategy_among_all_and_ask_what_they_must_know(
     at.say(f"save {tmp_path / 'talk.jsonl'}")
     saved = json.loads((tmp_path / "talk.jsonl").read_text())
     assert (saved["emotion"], saved["description"], len(saved["messages"])) == ("sad", "work", 4)
+    at.type("exit\n")
+    assert at.status() == 0
+
+
+def test_a_coach_speaks_between_two_attempts_and_the_last_one_is_the_answer(
+    terminal: Callable[..., Terminal], feedback: Path, tmp_path: Path
+) -> None:
+    at = terminal(feedback, "--temperature", 1, "--repetition-penalty", 1, "--max-tokens", 1)
+    at.until("you> ")
+    answers, turns = [], []
+    for door in doors.DOORS:
+        attempt, remark, answer = at.say(door).split()
+        assert attempt[:-1], remark[:-1] == ("solver>", "coach>")
     at.type("exit\n")
     assert at.status() == 0
 
@@ -479,7 +512,7 @@ def test_the_page_has_the_settings_with_their_defaults_and_every_flag_of_the_sou
         ({"stop": ("",)}, r"^stop = \[''\]: every text contains"),
         ({"candidates": -1}, r"^candidates = -1: they are counted"),
         ({"label": -1}, r"^label = -1: steps are counted from 0"),
-        ({"max_tokens": 0}, r"^max_tokens = 0: it counts something"),
+        ({"max_tokens": -1}, r"^max_tokens = -1: tokens are counted"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 
 from echelon import cli
+from echelon.config import ModelConfig
 from echelon.envs import load_env
 from echelon.errors import ConfigError
 from echelon.recipes.evaluate import Config
@@ -229,6 +231,95 @@ def test_an_environment_without_players_says_so(train, tmp_path: Path, capsys: p
     assert "has no scripted players. Give it a classmethod player" in capsys.readouterr().err
 
 
+SCRIPTED = """\
+from echelon.types import Step, Task
+
+REPLIES = {"same": "the cat sat on the mat", "short": "the cat sat on the mat", "none": ""}
+
+
+class Scripted:
+    def __init__(self, task):
+        self.task = task
+
+    @classmethod
+    def tasks(cls, split):
+        names = {"train": ["same"], "test": ["same", "short", "none"]}[split]
+        return [Task(f"{split}/{name}", {"reply": REPLIES[name], "name": name}) for name in names]
+
+    @classmethod
+    def player(cls, kind, seed):
+        return lambda heard: REPLIES["same"] if heard[0]["content"] == "same" else "the cat on the mat"
+
+    def start(self):
+        return [{"role": "user", "content": self.task.data["name"]}]
+
+    def step(self, action):
+        return Step(terminated=True)
+"""
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> list[str]:
+    """Flags of a play in which the first reply is that of the person and the second one leaves out a word."""
+    (tmp_path / "scripted.py").write_text(SCRIPTED)
+    return ["--env", f"{tmp_path}/scripted.py:Scripted", "--player", "optimal", "--reference", "reply"]
+
+
+def test_a_reply_that_is_that_of_the_person_scores_one_and_what_was_left_out_costs(
+    train, scripted: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = summary(train("evaluate", *scripted, "--episodes", 1, name="one").out)
+    for name in ("bleu2", "rouge_l", "distinct2"):
+        assert found[f"text/{name}"] == {"mean": pytest.approx(1.0), "n": 1}
+    capsys.readouterr()
+    found = summary(train("evaluate", *scripted, "--episodes", 2, name="two").out)
+    # 6 + 5 of 11 words, 5 + 3 of 9 pairs, 11 words for 12; 1, and 1 with 5/6; 6 different pairs among 9.
+    assert found["text/bleu2"]["mean"] == pytest.approx(math.sqrt(8 / 9) * math.exp(1 - 12 / 11))
+    assert found["text/rouge_l"]["mean"] == pytest.approx((1 + 2 * (5 / 6) / (1 + 5 / 6)) / 2)
+    assert found["text/distinct2"] == {"mean": pytest.approx(6 / 9), "n": 2}
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "text/distinct2" in line)
+    assert [cell.strip() for cell in line.split("│")[2:5]] == ["0.667", "", "2"], "it has no interval"
+
+
+def test_a_task_without_a_reply_is_named_before_anything_is_played(
+    train, scripted: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not train("evaluate", *scripted, "--episodes", 3, status=2).out.exists()
+    said = capsys.readouterr().err
+    assert "reference = reply: task 'test/none' has no text in 'reply', so nothing can be compared" in said
+    train("evaluate", *scripted, "--episodes", 1, "--reference", "answer", status=2)
+    said = capsys.readouterr().err
+    assert "reference = answer: task 'test/same' has no text in 'answer'" in said
+    assert said.endswith("Its columns are: reply, name.\n")
+
+
+def test_a_library_that_is_missing_is_found_before_anything_is_played(
+    train, scripted: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    assert not train("evaluate", *scripted, "--episodes", 1, status=2).out.exists()
+    assert "pip install 'echelon[text]'" in capsys.readouterr().err
+
+
+def test_replies_in_a_file_need_no_reward(
+    train, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    said = ["1", "2", "3"]
+    flags = ["--model.path", start, "--data.path", file, "--greedy", "--max-tokens", 3, "--episodes", 3]
+    for attempt in ("guessed", "known"):
+        rows = [{"prompt": f"Guess my number from 1 to {4 - n}.", "response": one} for n, one in enumerate(said)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = train("evaluate", *flags, "--reference", "response", name=attempt)
+        said = [one for (one,) in texts(run)]
+    found = summary(run.out)
+    assert found["text/rouge_l"] == {"mean": 1.0, "n": 3}
+    assert found["return"]["mean"] == 0
+    assert "train split" in capsys.readouterr().out, "nothing is held out, so all of them are played"
+    train("evaluate", *flags, name="worth", status=2)
+    assert capsys.readouterr().err.endswith("or a reward model's folder. Or give --reference.\n")
+
+
 def test_a_dry_run_plays_nothing(train, playing: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert not train("evaluate", *playing, "--dry-run").out.exists()
     assert "actor: LlamaForCausalLM" in capsys.readouterr().out
@@ -240,6 +331,7 @@ def test_a_dry_run_plays_nothing(train, playing: list[str], capsys: pytest.Captu
         ({}, r"^model.path is missing"),
         ({"player": "random", "label": -1}, r"^label = -1: steps are counted from 0"),
         ({"player": "random", "top_p": 0.0}, r"^top_p = 0.0: it is a probability"),
+        ({"model": ModelConfig(path="m"), "rounds": 1, "reference": "a"}, r"^reference = a: a solver and a coach play"),
         ({"player": "random", "temperature": -1.0}, r"^temperature = -1.0: probabilities would be turned around"),
     ],
 )

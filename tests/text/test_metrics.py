@@ -106,7 +106,8 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
 
 
 def test_replies_are_scored_by_three_numbers() -> None:
-    assert text_scores(["a b c"], ["a b c"]) == pytest.approx({"bleu_2": 1.0, "rouge_l": 1.0, "distinct_2": 1.0})
+    wanted = {"text/bleu2": 1.0, "text/rouge_l": 1.0, "text/distinct2": 1.0}
+    assert text_scores(["a b c"], ["a b c"]) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("library", ["sacrebleu", "rouge_score.rouge_scorer"])
