@@ -103,7 +103,7 @@ def prepare(folder: Path) -> None:
 GRPO = "grpo good.yaml --out r"
 MISSING = "missing: nothing sets it. Put it in a settings file, or give"
 ENVS = (
-    "Built in: guess_my_city, guess_number, maze, text_lock, twenty_questions, wordle. "
+    "Built in: arithmetic, dialogue, guess_my_city, guess_number, maze, text_lock, twenty_questions, wordle. "
     "Your own: path/to/file.py:ClassName, package.module:ClassName or tasks.yaml."
 )
 MODEL = "Give a folder, a run directory or a hub id (name/model)."

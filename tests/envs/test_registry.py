@@ -83,11 +83,11 @@ def test_a_class_without_settings(folder):
     ("name", "settings", "kind", "message"),
     [
         ("guess_numbr", {}, ConfigError, "There is no environment 'guess_numbr'. Did you mean 'guess_number'? "
-         "Built in: dialogue, guess_my_city, guess_number, maze, text_lock, twenty_questions, wordle. "
+         "Built in: arithmetic, dialogue, guess_my_city, guess_number, maze, text_lock, twenty_questions, wordle. "
          "Your own: path/to/file.py:ClassName, package.module:ClassName or "
          "tasks.yaml."),
         ("game.py", {}, ConfigError, "There is no environment 'game.py'. "
-         "Built in: dialogue, guess_my_city, guess_number, maze, text_lock, twenty_questions, wordle. "
+         "Built in: arithmetic, dialogue, guess_my_city, guess_number, maze, text_lock, twenty_questions, wordle. "
          "Your own: path/to/file.py:ClassName, package.module:ClassName or tasks.yaml."),
         ("nowhere.py:Game", {}, DataError, "nowhere.py:Game: there is no file {folder}/nowhere.py."),
         ("broken.py:Game", {}, DataError,

@@ -26,9 +26,11 @@ from echelon.config import ModelConfig, load
 from echelon.envs import load_env
 from echelon.errors import ConfigError
 from echelon.recipes import chat
-from echelon.recipes.chat import Config, Levels, Policy, open_partner
+from echelon.recipes.chat import Config, Levels, Policy, Rounds, open_partner
 from echelon.rollout.players import open_policy
+from echelon.sampling.local import LocalSampler
 from echelon.train.checkpoint import Checkpoints
+from echelon.types import Completion, SamplingParams
 from tests.recipes import doors
 from tests.recipes.conftest import GAME, made
 from tests.test_docs import CODE, columns, prose, wrong_settings
@@ -142,7 +144,8 @@ def pupil(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def solving(pupil: Path, out: Path, *words: object) -> Path:
     """A run of feedback after one step, with utterances of one token."""
     texts = [word for name, text in doors.TEMPLATES.items() for word in (f"--templates.{name.replace('_', '-')}", text)]
-    short = ["--solver.sampling.max-tokens", 1, "--coach.sampling.max-tokens", 1]
+    lengths = ("max-tokens=1", "max-prompt-tokens=32")
+    short = [f"--{level}.sampling.{length}" for level in ("solver", "coach") for length in lengths]
     few = ["--env", doors.GAME, "--attempts", 2, "--tasks-per-step", 3, *short]
     return trained(out, "feedback", "--solver.model.path", pupil, *few, *texts, *words)
 
@@ -275,15 +278,32 @@ def test_levels_show_the_strategy_among_all_and_ask_what_they_must_know(
     assert at.status() == 0
 
 
+DRAWN = ("--max-tokens", 0, "--temperature", 1, "--repetition-penalty", 1)
+"""Flags of a chat with a run of feedback: as long as in training, and not more alike."""
+
+
 def test_a_coach_speaks_between_two_attempts_and_the_last_one_is_the_answer(
     terminal: Callable[..., Terminal], feedback: Path, tmp_path: Path
 ) -> None:
-    at = terminal(feedback, "--temperature", 1, "--repetition-penalty", 1, "--max-tokens", 1)
+    at = terminal(feedback, *DRAWN)
     at.until("you> ")
-    answers, turns = [], []
+    told = []
     for door in doors.DOORS:
-        attempt, remark, answer = at.say(door).split()
-        assert attempt[:-1], remark[:-1] == ("solver>", "coach>")
+        attempt, remark, answer = at.say(door).splitlines()
+        assert (attempt[:-1], remark[:-1]) == ("solver> ", "coach> ")
+        assert {attempt[-1], remark[-1], answer} <= set(doors.KEYS)
+        assert answer == remark[-1], "it says what it was told"
+        told.append([attempt[-1], remark[-1], answer])
+    assert any(attempt != answer for attempt, _, answer in told)
+    at.say(f"save {tmp_path / 'talk.jsonl'}")
+    saved = json.loads((tmp_path / "talk.jsonl").read_text())
+    assert [message["content"] for message in saved["messages"][::2]] == list(doors.DOORS)
+    written = [[*(turn["text"] for turn in turns)] for turns in saved["turns"]]
+    assert [[*t, m["content"]] for t, m in zip(written, saved["messages"][1::2], strict=True)] == told
+    at.say("clear")
+    at.say(f"save {tmp_path / 'none.jsonl'}")
+    assert json.loads((tmp_path / "none.jsonl").read_text()) == {"messages": [], "turns": []}
+    assert "a prompt takes" in at.say("A B " * 20 + "C"), "as many tokens as in training"
     at.type("exit\n")
     assert at.status() == 0
 
@@ -340,6 +360,68 @@ def test_json_has_every_message_with_what_its_answer_was_chosen_from(
     for row in rows:
         values = [option["q"] for option in row["candidates"]]
         assert row["strategy"] == menu.strategies[values.index(max(values))]
+
+
+@pytest.mark.parametrize(
+    ("words", "before"),
+    [
+        ((), ["solver", "coach"]),
+        (("--rounds", 2), ["solver", "coach", "solver", "coach"]),
+        (("--weights", "shared"), ["solver", "coach"]),
+        (("--context", "none"), ["solver"]),
+        (("--context", "fixed", "--fixed", 1), ["solver"]),
+        (("--context", "example"), ["coach"]),
+    ],
+)
+def test_json_has_the_turns_before_the_answer_of_a_run_of_feedback(
+    pipe: Pipe, pupil: Path, tmp_path: Path, words: tuple[object, ...], before: list[str]
+) -> None:
+    run = solving(pupil, tmp_path / "run", *words)
+    status, out, _ = pipe("A\nB\nC\n", run, *DRAWN, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (status, [row["user"] for row in rows]) == (0, list(doors.DOORS))
+    for row in rows:
+        assert [turn["role"] for turn in row["turns"]] == before
+        assert {turn["text"] for turn in row["turns"]} | {row["assistant"]} <= set(doors.KEYS)
+        if "coach" in before:
+            assert row["turns"][-1]["text"] == row["assistant"]
+    assert "".join(row["assistant"] + "\n" for row in rows) == pipe("A\nB\nC\n", run, *DRAWN)[1]
+
+
+def test_each_problem_is_read_alone_in_the_words_of_the_run(feedback: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    who = open_partner(Config(model=ModelConfig(str(feedback), device="cpu"), max_tokens=3, seed=1))
+    assert isinstance(who, Rounds)
+    read, sample = list[str](), LocalSampler.sample
+
+    async def noted(sampler: LocalSampler, prompt: list[int], params: SamplingParams) -> Completion:
+        read.append(who.roles[0].renderer.decode(prompt))
+        return await sample(sampler, prompt, params)
+
+    monkeypatch.setattr(LocalSampler, "sample", noted)
+    for door in "AB":
+        told, shown = list[Any](), list[str]()
+        read.clear()
+        answered = chat.asyncio.run(who.answer(door, told.append, lambda text, to=shown: to.append(text) or False))
+        attempt, remark = (turn["text"] for turn in told[-1]["turns"])
+        wanted = [door, f"{door}{attempt}?", f"{door}{attempt}!{remark}"]
+        assert [text in prompt for text, prompt in zip(wanted, read, strict=True)] == [True] * 3
+        assert not any({"A": "B", "B": "A"}[door] in prompt for prompt in read)
+        grown = [[turn["text"] for turn in notes["turns"]] for notes in told]
+        assert len({tuple(texts) for texts in grown}) > 2, "they appear as they are written"
+        assert answered.startswith(shown[-1])
+
+
+def test_what_a_run_of_feedback_cannot_do_is_one_line(pipe: Pipe, feedback: Path, pupil: Path, tmp_path: Path) -> None:
+    strange = solving(pupil, tmp_path / "strange", "--context", "stranger")
+    for words, message in (
+        ((strange,), f"{strange}: its coach speaks about another problem than the one that is solved"),
+        ((feedback, "--candidates", 2), "candidates = 2: in a run of feedback nobody picks among answers."),
+        ((feedback, "--strategist", pupil), f"strategist = {pupil}: in a run of feedback problems are solved"),
+        ((feedback, "--max-tokens", 5000), "max_tokens = 5000: the model reads 2048 tokens in all"),
+    ):
+        status, out, err = pipe("A\n", *words)
+        assert (status, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith(message), err
 
 
 def test_a_word_for_the_console_can_be_said_with_a_space_in_front(pipe: Pipe, model: Path) -> None:
