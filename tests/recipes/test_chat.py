@@ -53,6 +53,7 @@ class Terminal:
         self.process, self._keyboard = pty.fork()
         if self.process == 0:
             status, os.environ["COLUMNS"] = 99, "500"
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background begin with it ignored
             try:
                 sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
                 status = cli.main(command(words, 12))
