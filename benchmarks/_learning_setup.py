@@ -12,14 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from echelon.config import OptimConfig
-from echelon.data.packing import copies, pack
 from echelon.envs import EnvSpec, load_env
 from echelon.envs.players import make_player, play
 from echelon.models.lm import tiny
-from echelon.recipes.quickstart import copying_loss
-from echelon.seeds import derive_seed
-from echelon.train.learner import Learner, save_module
+from echelon.train.copying import learn_to_copy
+from echelon.train.learner import save_module
 
 Settings = dict[str, Any]
 
@@ -57,7 +54,7 @@ class Task:
 
 
 TASKS = {
-    "text_lock_12": Task("Text lock, 12 doors", "text_lock", {"doors": 12}, 4, 2048, 384, 512, guess=False, gamma=0.0),
+    "text_lock_12": Task("Text lock, 12 doors", "text_lock", {"doors": 12}, 4, 2048, 256, 512, guess=False, gamma=0.0),
     "text_lock_24": Task("Text lock, 24 doors", "text_lock", {"doors": 24}, 4, 1536, 256, 256, guess=False, gamma=0.0),
     "twenty_questions": Task("Twenty Questions, ten things", "twenty_questions", {"subset": True}, 12, 1536, 384, 384),
     "twenty_questions_all": Task("Twenty Questions, 157 things", "twenty_questions", {}, 12, 1536, 384, 384),
@@ -150,8 +147,11 @@ METHODS = {
         by_env={
             "text_lock": {
                 "critic_path": "",
-                "critic_updates": 40,
+                "episodes_per_step": 8,
+                "critic_updates": 60,
+                "critic_episodes": 8,
                 "critic_optim": {"weight_decay": 0.3},
+                "warmup_steps": 1,
                 "candidates": 32,
             },
         },
@@ -201,9 +201,11 @@ METHODS = {
         by_env={
             "text_lock": {
                 "ranker_path": "",
-                "episodes_per_step": 16,
-                "candidates": 16,
-                "ranker_updates": 8,
+                "episodes_per_step": 8,
+                "candidates": 32,
+                "epsilon": 0.3,
+                "ranker_updates": 20,
+                "ranker_batch": 96,
                 "ranker_optim": {"weight_decay": 0.3},
                 "generator": "frozen",
             },
@@ -275,11 +277,7 @@ def write_start(task: Task, out: Path, *, size: Size = FULL) -> None:
         file.writelines(json.dumps({"messages": list(dialogue.messages[:-1])}) + "\n" for dialogue in dialogues)
     said = [message["content"] for dialogue in dialogues for message in dialogue.messages]
     module, tokenizer = tiny(said, hidden=task.hidden, layers=2, heads=task.hidden // 32, seed=0)
-    optim = OptimConfig(lr=5e-3, betas=(0.9, 0.98), warmup_steps=30, schedule="linear")
-    learner = Learner(module, optim, total_steps=size.copying_steps, name="tiny", tokenizer=tokenizer)
-    for step in range(size.copying_steps):
-        rows = copies(64, vocabulary=len(tokenizer), seed=derive_seed(0, "copies", step))
-        learner.update([pack(rows)], copying_loss)
+    learn_to_copy(module, tokenizer, steps=size.copying_steps, seed=0)
     save_module(module, out / "tiny", tokenizer)
 
 

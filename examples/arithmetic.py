@@ -21,18 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor, nn
 
 from echelon import config
-from echelon.config import OptimConfig
-from echelon.data.packing import Batch, copies, pack
 from echelon.envs.arithmetic import PLACES, carried, column_sum, question, spell
-from echelon.models.lm import count_parameters, tiny, token_logprobs
-from echelon.ops import losses
+from echelon.models.lm import count_parameters, tiny
 from echelon.recipes import feedback
 from echelon.rollout.setup import set_threads
-from echelon.seeds import derive_seed
-from echelon.train.learner import Learner, save_module
+from echelon.train.copying import learn_to_copy
+from echelon.train.learner import save_module
 
 SETTINGS = Path(__file__).parents[1] / "configs/feedback/arithmetic.yaml"
 WARM: dict[str, Any] = {
@@ -136,20 +132,6 @@ def remark(places: Collection[int]) -> str:
 def row(prompt: str, answer: str) -> dict[str, Any]:
     """A conversation to imitate."""
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
-
-
-def learn_to_copy(module: nn.Module, tokenizer: Any, *, steps: int, seed: int) -> None:
-    """Teach a new model to repeat random tokens: its stand-in for being pretrained."""
-    optim = OptimConfig(lr=5e-3, betas=(0.9, 0.98), warmup_steps=min(30, steps // 2), schedule="linear")
-    learner = Learner(module, optim, total_steps=steps, name="tiny", tokenizer=tokenizer)
-    for step in range(steps):
-        rows = copies(64, vocabulary=len(tokenizer), seed=derive_seed(seed, "copies", step))
-        learner.update([pack(rows)], copying_loss)
-
-
-def copying_loss(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Negative log-likelihood of what is said again."""
-    return losses.token_sum(losses.nll(token_logprobs(module, batch)), batch.mask, batch.denom), {}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

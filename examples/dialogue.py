@@ -17,20 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
-from echelon.config import OptimConfig
-from echelon.data.packing import Batch, copies, pack
 from echelon.envs import EnvSpec, load_env
 from echelon.envs.dialogue import Dialogue, best
 from echelon.envs.dialogue_words import say
 from echelon.envs.players import corpus
-from echelon.models.lm import count_parameters, tiny, token_logprobs
-from echelon.ops import losses
+from echelon.models.lm import count_parameters, tiny
 from echelon.rollout.setup import set_threads
 from echelon.seeds import derive_seed
 from echelon.text.dialogue import DialogueState, Inventory, responder_prompt, strategist_prompt
-from echelon.train.learner import Learner, save_module
+from echelon.train.copying import learn_to_copy
+from echelon.train.learner import save_module
 from echelon.types import Step
 
 
@@ -130,20 +126,6 @@ def columns(state: DialogueState) -> dict[str, Any]:
         "history": history,
         "query": state.query,
     }
-
-
-def learn_to_copy(module: nn.Module, tokenizer: Any, *, steps: int, seed: int) -> None:
-    """Teach the model to look back at what was said, its stand-in for being pretrained."""
-    optim = OptimConfig(lr=5e-3, betas=(0.9, 0.98), warmup_steps=30, schedule="linear")
-    learner = Learner(module, optim, total_steps=max(1, steps), name="tiny", tokenizer=tokenizer)
-    for step in range(steps):
-        rows = copies(64, vocabulary=len(tokenizer), seed=derive_seed(seed, "copies", step))
-        learner.update([pack(rows)], copying_loss)
-
-
-def copying_loss(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Negative log-likelihood of what is said again."""
-    return losses.token_sum(losses.nll(token_logprobs(module, batch)), batch.mask, batch.denom), {}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

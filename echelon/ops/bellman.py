@@ -5,6 +5,7 @@ recipe's decision: counted in optimizer steps, so that micro-batches do not chan
 """
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -66,6 +67,17 @@ def hard_copy_(target: nn.Module, source: nn.Module) -> None:
     for lagging, current in _pairs(target, source):
         lagging.copy_(current)
     _copy_buffers_(target, source)
+
+
+def follow_(
+    target: nn.Module, source: nn.Module, *, how: Literal["hard", "polyak"], tau: float, every: int, version: int
+) -> None:
+    """Have the target follow after an optimizer step, the source's `version`-th: a part `tau` of the way after each
+    (polyak), or all of it after every `every` of them (hard)."""
+    if how == "polyak":
+        polyak_(target, source, tau)
+    elif version % every == 0:
+        hard_copy_(target, source)
 
 
 def linear_schedule(step: int, start: float, end: float, steps: int) -> float:

@@ -357,10 +357,8 @@ def update_critic(cfg: Config, step: int, levels: Levels) -> dict[str, float]:
                 tokens_per_pass=cfg.tokens_per_pass,
             )
             logged.append(levels.critic.update(batch.split(cfg.tokens_per_pass), loss_fn))
-            if cfg.target == "polyak":
-                bellman.polyak_(levels.target, levels.online, cfg.tau)
-            elif levels.critic.version % cfg.target_every == 0:
-                bellman.hard_copy_(levels.target, levels.online)
+            how, version = cfg.target, levels.critic.version
+            bellman.follow_(levels.target, levels.online, how=how, tau=cfg.tau, every=cfg.target_every, version=version)
     return {f"critic/{name}": value for name, value in average(logged).items()} if logged else {}
 
 

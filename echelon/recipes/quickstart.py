@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,18 +31,15 @@ from rich.progress import (
     track,
 )
 from rich.table import Table
-from torch import Tensor, nn
 
-from echelon.config import OptimConfig, RunConfig, demand
-from echelon.data.packing import Batch, copies, pack
+from echelon.config import RunConfig, demand
 from echelon.envs import EnvSpec, load_env
 from echelon.envs.players import make_player, measure, play
 from echelon.errors import CheckpointError, RolloutError, need
-from echelon.models.lm import count_parameters, tiny, token_logprobs
-from echelon.ops import losses
+from echelon.models.lm import count_parameters, tiny
 from echelon.rollout.setup import set_threads
-from echelon.seeds import derive_seed
-from echelon.train.learner import Learner, save_module
+from echelon.train.copying import learn_to_copy
+from echelon.train.learner import save_module
 
 METHODS = {
     "warm": "warm start",
@@ -202,17 +200,9 @@ def prepare(cfg: Config, out: Path, spec: EnvSpec, console: Console) -> None:
     said = [message["content"] for dialogue in dialogues for message in dialogue.messages]
     module, tokenizer = tiny(said, hidden=cfg.hidden, layers=cfg.layers, heads=cfg.hidden // 32, seed=cfg.seed)
     console.print(f"built a model of {count_parameters(module):,} parameters and {cfg.games:,} games of random play")
-    optim = OptimConfig(lr=5e-3, betas=(0.9, 0.98), warmup_steps=30, schedule="linear")
-    learner = Learner(module, optim, total_steps=cfg.copying_steps, name="tiny", tokenizer=tokenizer)
-    for step in track(range(cfg.copying_steps), "learning to copy", console=console, disable=not console.is_terminal):
-        rows = copies(64, vocabulary=len(tokenizer), seed=derive_seed(cfg.seed, "copies", step))
-        learner.update([pack(rows)], copying_loss)
+    watch = partial(track, description="learning to copy", console=console, disable=not console.is_terminal)
+    learn_to_copy(module, tokenizer, steps=cfg.copying_steps, seed=cfg.seed, watch=watch)
     save_module(module, out / "tiny", tokenizer)
-
-
-def copying_loss(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Negative log-likelihood of what is said again."""
-    return losses.token_sum(losses.nll(token_logprobs(module, batch)), batch.mask, batch.denom), {}
 
 
 def run_stages(stages: Sequence[Stage], out: Path, *, parallel: int, console: Console) -> None:

@@ -253,27 +253,26 @@ def update_ranker(cfg: Config, step: int, levels: Levels) -> dict[str, float]:
         drawn = levels.replay.sample(cfg.ranker_batch, seed=derive_seed(cfg.seed, "ranker", step, update))
         batch = with_targets(cfg, drawn, levels.online, levels.target)
         logged.append(levels.ranker.update(batch.split(cfg.tokens_per_pass), ranker_loss))
-        if cfg.target == "polyak":
-            bellman.polyak_(levels.target, levels.online, cfg.tau)
-        elif levels.ranker.version % cfg.target_every == 0:
-            bellman.hard_copy_(levels.target, levels.online)
+        how, version = cfg.target, levels.ranker.version
+        bellman.follow_(levels.target, levels.online, how=how, tau=cfg.tau, every=cfg.target_every, version=version)
     return {f"ranker/{name}": value for name, value in average(logged).items()}
 
 
 def with_targets(cfg: Config, drawn: Sequence[Choice], online: Ranker, target: Ranker) -> Batch:
-    """Rows of what was chosen; what Q shall be stands in `returns`, where each utterance ends."""
+    """Rows of what was chosen; what Q shall be stands in `returns`, where each utterance ends.
+
+    With γ = 0 nothing is asked of the states that follow, whose candidates are most of the work.
+    """
     said = [Example(choice.options.state, choice.options.candidates[choice.chosen]) for choice in drawn]
-    ahead = [choice.after for choice in drawn]
-    online_NK, legal_NK = table(online, ahead, cfg.tokens_per_pass)
-    target_NK, _ = table(target, ahead, cfg.tokens_per_pass)
-    wanted_N = bellman.double_q_target(
-        torch.tensor([choice.reward for choice in drawn]),
-        online_NK,
-        target_NK,
-        gamma=cfg.gamma,
-        terminated=torch.tensor([choice.terminated for choice in drawn]),
-        legal_NK=legal_NK,
-    )
+    wanted_N = torch.tensor([choice.reward for choice in drawn])
+    if cfg.gamma > 0:
+        ahead = [choice.after for choice in drawn]
+        online_NK, legal_NK = table(online, ahead, cfg.tokens_per_pass)
+        target_NK, _ = table(target, ahead, cfg.tokens_per_pass)
+        over_N = torch.tensor([choice.terminated for choice in drawn])
+        wanted_N = bellman.double_q_target(
+            wanted_N, online_NK, target_NK, gamma=cfg.gamma, terminated=over_N, legal_NK=legal_NK
+        )
     batch = pack(said)
     return replace(batch, returns=batch.at_end(wanted_N), denom=float(len(drawn)))
 

@@ -26,7 +26,6 @@ from echelon.config import (
     LoraConfig,
     ModelConfig,
     SamplingConfig,
-    Settings,
     TaskConfig,
     demand,
     require,
@@ -78,8 +77,6 @@ class Config(TaskConfig):
     Empty: data where there is data.path, else random."""
     strategist_epsilon: float = 0.0
     """Probability with which a strategist's choice is replaced by a random one."""
-    judge: Settings = field(default_factory=dict)
-    """The endpoint that judges replies to data.path, where `reward` names judge: url, model, and more."""
     steps: int = 100
     """Training steps; each plays episodes and updates value model and responder."""
     episodes_per_step: int = 64
@@ -118,10 +115,6 @@ class Config(TaskConfig):
         demand(self, "strategist", told, "an environment has no rows that name one. Give random, or data.path.")
         known = not self.data.path or bool(self.strategies) or is_strategist(self.strategist)
         demand(self, "strategies", known, "nothing says what the rows choose from. Give esconv, or list their names.")
-        judged = JUDGE not in self.reward or bool(self.judge)
-        demand(self, "judge", judged, "reward names a judge and nothing says where. Give url=… model=….")
-        asked = not self.judge or JUDGE in self.reward
-        demand(self, "judge", asked, "nobody is asked to judge. Add judge to reward.")
         fits = JUDGE not in self.reward or bool(self.data.path)
         demand(self, "judge", fits, "an environment has a judge of its own. Set env_settings, or give data.path.")
         weight = self.low.policy.ptx_coef

@@ -24,6 +24,7 @@ from echelon.errors import ConfigError, DataError
 from echelon.ops import options as ops
 from echelon.rollout.candidates import after, step_record
 from echelon.rollout.evaluate import rollout_metrics
+from echelon.rollout.plays import paid_step
 from echelon.rollout.roles import Role
 from echelon.sampling.candidates import Offer
 from echelon.sampling.choices import Strategist
@@ -65,13 +66,7 @@ def strategy_loop(
             turn = await choose(state, episode, turn)
             label = None if strategist is None or turn is None else named(inventory, turn.text)
             turn = await responder.act(episode, reading(responder, state, label), turn, afresh=True)
-            step = await settle(env.step(turn.text))
-            if not math.isfinite(step.reward):
-                raise DataError(
-                    f"{type(env).__name__}: task '{task.id}': step() gave the reward {step.reward}. "
-                    "It must be a finite number."
-                )
-            turn.reward += step.reward
+            step = await paid_step(env, task, turn)
             episode.metrics.update(step.info)
             if step.terminated:
                 episode.ending = "terminated"

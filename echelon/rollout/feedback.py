@@ -7,7 +7,6 @@ from it for the recipe.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +16,7 @@ import numpy as np
 from echelon.config import demand
 from echelon.envs._shared import settle
 from echelon.errors import DataError
+from echelon.rollout.plays import paid_step
 from echelon.rollout.roles import Role
 from echelon.seeds import derive_seed
 from echelon.text.feedback import Prompt, fill, slots
@@ -200,18 +200,12 @@ async def judge(make: Callable[[Task], Env], task: Task, attempts: Sequence[Turn
     async def one(turn: Turn) -> None:
         env = make(task)
         await settle(env.start())
-        step = await settle(env.step(turn.text))
-        if not math.isfinite(step.reward):
-            raise DataError(
-                f"{type(env).__name__}: task '{task.id}': step() gave the reward {step.reward}. "
-                "It must be a finite number."
-            )
+        step = await paid_step(env, task, turn)
         if not (step.terminated or step.truncated):
             raise DataError(
                 f"{type(env).__name__}: task '{task.id}' goes on after an answer. Feedback is about problems that are "
                 "answered in one turn: use a recipe for several turns, such as archer."
             )
-        turn.reward = step.reward
         turn.info.update(step.info)
 
     await asyncio.gather(*(one(turn) for turn in attempts))

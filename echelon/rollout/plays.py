@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Callable
 
+from echelon.envs._shared import settle
 from echelon.errors import DataError
 from echelon.rollout.roles import Role
-from echelon.types import Env, Episode, Message, Play, Task, Turn
-
-T = TypeVar("T")
+from echelon.types import Env, Episode, Message, Play, Step, Task, Turn
 
 
 def env_loop(make: Callable[[Task], Env], actor: Role, *, max_turns: int = 1000) -> Play:
@@ -25,17 +22,11 @@ def env_loop(make: Callable[[Task], Env], actor: Role, *, max_turns: int = 1000)
     async def play(task: Task, episode: Episode) -> None:
         env = make(task)
         stop_when = getattr(env, "stop_when", None)
-        messages = await _resolve(env.start())
+        messages = await settle(env.start())
         turn: Turn | None = None
         for _ in range(max_turns):
             turn = await actor.act(episode, messages, turn, stop_when=stop_when)
-            step = await _resolve(env.step(turn.text))
-            if not math.isfinite(step.reward):
-                raise DataError(
-                    f"{type(env).__name__}: task '{task.id}': step() gave the reward {step.reward}. "
-                    "It must be a finite number."
-                )
-            turn.reward += step.reward
+            step = await paid_step(env, task, turn)
             episode.metrics.update(step.info)
             messages = step.messages
             if step.terminated:
@@ -52,5 +43,12 @@ def env_loop(make: Callable[[Task], Env], actor: Role, *, max_turns: int = 1000)
     return play
 
 
-async def _resolve(value: T | Awaitable[T]) -> T:
-    return await value if inspect.isawaitable(value) else value
+async def paid_step(env: Env, task: Task, turn: Turn) -> Step:
+    """What the environment answers to a turn, which gets the reward. Raises DataError for one that is not finite."""
+    step = await settle(env.step(turn.text))
+    if not math.isfinite(step.reward):
+        raise DataError(
+            f"{type(env).__name__}: task '{task.id}': step() gave the reward {step.reward}. It must be a finite number."
+        )
+    turn.reward += step.reward
+    return step

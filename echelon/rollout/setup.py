@@ -100,9 +100,9 @@ def model_path(path: str, role: str = "actor", label: Label = "auto") -> str:
     try:
         return str(find_checkpoint(Path(path), role, label))
     except CheckpointError:
-        if not free or (Path(path) / "checkpoints").exists():
+        if not free or any((Path(path) / part).exists() for part in ("checkpoints", "manifest.json")):
             raise
-        return path  # not a run: the loader says what is missing
+        return path  # neither a run nor a checkpoint: the loader says what is missing
 
 
 def task_batch(tasks: Sequence[Item], step: int, count: int, *, seed: int) -> list[Item]:

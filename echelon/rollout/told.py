@@ -5,7 +5,6 @@ Knows who tells what, and plays; what a reply is worth, and how the responder le
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from echelon.envs.states import Given, states_env
 from echelon.errors import ConfigError, DataError, ParseError, did_you_mean
 from echelon.models.options import OptionScorer, read_description
 from echelon.rollout.dialogue import STRATEGIST, reading, spelled, state_of
+from echelon.rollout.plays import paid_step
 from echelon.rollout.roles import Role
 from echelon.rollout.setup import model_path, open_actor
 from echelon.sampling.choices import Strategist, option_score
@@ -50,13 +50,7 @@ def told_loop(make: Callable[[Task], Env], responder: Role, tell: Tell, *, max_t
             label = tell(task, derive_seed(episode.seed, "told", number))
             turn = await responder.act(episode, reading(responder, state_of(env), label), turn, afresh=True)
             episode.data = {**task.data, "strategy": label}
-            step = await settle(env.step(turn.text))
-            if not math.isfinite(step.reward):
-                raise DataError(
-                    f"{type(env).__name__}: task '{task.id}': step() gave the reward {step.reward}. "
-                    "It must be a finite number."
-                )
-            turn.reward += step.reward
+            step = await paid_step(env, task, turn)
             episode.metrics.update(step.info)
             if step.terminated:
                 episode.ending = "terminated"

@@ -1,31 +1,16 @@
-"""Answers in text: what a worked solution ends with, and whether two answers are the same.
+"""Values in what a model wrote: answers that are marked, numbers, programs.
 
-Exact and without a model: numbers are compared as fractions, never as floats. Whether a solution is right otherwise is
-not known here.
+Exact and without a model: numbers are fractions, never floats. Whether an answer is right is for `verify`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from fractions import Fraction
 
-_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s*\\?%)?")
 _FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 _FENCED = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _WRITTEN = re.compile(r"\\text\{([^{}]*)\}|\\left|\\right|\\[,!;: ]|\\\(|\\\)|[\s$]")
-
-
-def final_answer(text: str) -> str | None:
-    r"""A solution's answer: the last \boxed{…}, else the line after the last ####, else the last number.
-
-    None if there is none of them. The answer is as it was written.
-    """
-    marked = marked_answer(text)
-    if marked is not None:
-        return marked
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else None
 
 
 def marked_answer(text: str) -> str | None:
@@ -38,14 +23,6 @@ def marked_answer(text: str) -> str | None:
         start = text.rfind(r"\boxed{", 0, start)
     _, mark, after = text.rpartition("####")
     return after.strip().partition("\n")[0].strip() if mark and after.strip() else None
-
-
-def same_answer(one: str, other: str) -> bool:
-    """Whether two answers are the same number, or else the same text but for spaces and how it is set."""
-    numbers = as_number(one), as_number(other)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    return _plain(one) == _plain(other)
 
 
 def as_number(text: str) -> Fraction | None:
@@ -68,20 +45,6 @@ def program_in(text: str) -> str:
     blocks = _FENCED.findall(text)
     written = [block for language, block in blocks if language.lower() in ("", "py", "python", "python3")]
     return str(written[-1]) if written else text
-
-
-def answer_matches(prompts: Sequence[object], completions: Sequence[str], *, answer: Sequence[object]) -> list[float]:
-    r"""A reward: 1 where the completion's final answer is that of its row, else 0.
-
-    The column `answer` holds the answer itself or a solution that marks it with #### or \boxed{…}.
-    """
-    rewards: list[float] = []
-    for completion, given in zip(completions, answer, strict=True):
-        wanted, found = str(given), final_answer(completion)
-        marked = marked_answer(wanted)
-        right = found is not None and same_answer(found, wanted if marked is None else marked)
-        rewards.append(float(right))
-    return rewards
 
 
 def _braced(text: str, start: int) -> str | None:

@@ -178,13 +178,9 @@ class Upper:
 
     def follow(self) -> dict[str, float]:
         """Have the target follow after an optimizer step; how many steps ago it was the online network (hard)."""
-        if self.cfg.target == "polyak":
-            bellman.polyak_(self.target, self.online, self.cfg.tau)
-            return {}
-        age = self.learner.version % self.cfg.target_every
-        if age == 0:
-            bellman.hard_copy_(self.target, self.online)
-        return {"target_age": float(age)}
+        cfg, version = self.cfg, self.learner.version
+        bellman.follow_(self.target, self.online, how=cfg.target, tau=cfg.tau, every=cfg.target_every, version=version)
+        return {"target_age": float(version % cfg.target_every)} if cfg.target == "hard" else {}
 
     def table(self, options: Sequence[Options | None]) -> tuple[Float[Tensor, "N K"], Bool[Tensor, "N K"]]:
         """Q of all options of each state, and which of them are legal: none where there is no state. No gradient."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from echelon.ops.bellman import double_q_target, hard_copy_, linear_schedule, polyak_, td_target
+from echelon.ops.bellman import double_q_target, follow_, hard_copy_, linear_schedule, polyak_, td_target
 
 GOES_ON, TERMINATED = torch.tensor([False]), torch.tensor([True])
 
@@ -77,6 +77,17 @@ def test_a_hard_copy_is_equal_and_stays_when_the_source_moves():
     assert target.weight.item() == 1.0
     nn.init.constant_(online.weight, 5.0)
     assert target.weight.item() == 1.0
+
+
+def test_a_target_follows_every_step_a_part_of_the_way_or_now_and_then_all_of_it():
+    soft, hard, online = linear(0.0), linear(0.0), linear(1.0)
+    seen = []
+    for version in (1, 2, 3, 4):
+        nn.init.constant_(online.weight, version)
+        follow_(soft, online, how="polyak", tau=0.5, every=2, version=version)
+        follow_(hard, online, how="hard", tau=0.5, every=2, version=version)
+        seen.append((soft.weight.item(), hard.weight.item()))
+    assert seen == [(0.5, 0.0), (1.25, 2.0), (2.125, 2.0), (3.0625, 4.0)]
 
 
 @pytest.mark.parametrize("update", [hard_copy_, lambda target, online: polyak_(target, online, 0.5)])

@@ -132,6 +132,10 @@ def test_a_run_is_evaluated_by_label_and_keeps_the_results_by_the_name_of_what_w
     first, second = played(str(run), "--label", "0"), played("--model.path", str(run), "--label", "1")
     assert (first[0], second[0]) == ("step_000000_test", "step_000001_test")
     assert first[1:] != newest[1:]
+    checkpoint = run / "checkpoints" / "step_000001"
+    assert played("--model.path", str(run), "--label", "1", "--overwrite") == second
+    apart = ["--out", str(run / "evaluation" / "by_path")]
+    assert played("--model.path", str(checkpoint), *apart)[1:] == second[1:], "the folder of a checkpoint is one, too"
 
 
 def test_labels_that_a_run_does_not_have_are_one_line(

@@ -97,6 +97,15 @@ def test_q_shall_be_the_reward_and_the_targets_value_of_what_the_online_ranker_l
     assert found, "the two always agreed: a plain maximum would pass"
 
 
+def test_without_a_discount_a_choice_is_worth_its_reward_and_nothing_is_asked(
+    lm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank, "table", None)
+    batch = with_targets(config(gamma=0.0), [GOES_ON, OVER], lively(lm), lively(lm, 1))
+    assert batch.returns is not None
+    assert batch.returns[batch.row_N, batch.last_N].tolist() == [0.5, 2.0]
+
+
 def test_what_was_cut_off_bootstraps_and_what_terminated_does_not(lm: Any) -> None:
     target = lively(lm)
     for last, expected in ((NEXT, 2.0 + max(q(target, NEXT))), (None, 2.0)):

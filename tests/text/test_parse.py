@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from echelon.text.parse import answer_matches, as_number, final_answer, program_in, same_answer
+from echelon.text.parse import as_number, marked_answer, program_in
 
 
 @pytest.mark.parametrize(
@@ -17,17 +17,13 @@ from echelon.text.parse import answer_matches, as_number, final_answer, program_
         (r"so \boxed{\frac{1}{2}} it is, of 7", r"\frac{1}{2}"),
         (r"\boxed{1} or rather \boxed{2}", "2"),
         (r"first \boxed{3}, then \boxed{4", "3"),
-        ("The answer is 72.", "72"),
-        ("between 3-5 of them", "5"),
-        ("he has -4 left", "-4"),
-        ("costs $1,234.50", "$1,234.50"),
-        ("version v2 of it", None),
+        ("The answer is 72.", None),
         ("nobody knows", None),
         ("####", None),
     ],
 )
-def test_the_answer_is_what_is_marked_or_the_last_number(text: str, answer: str | None) -> None:
-    assert final_answer(text) == answer
+def test_the_answer_is_what_is_marked(text: str, answer: str | None) -> None:
+    assert marked_answer(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -50,30 +46,6 @@ def test_the_answer_is_what_is_marked_or_the_last_number(text: str, answer: str 
 )
 def test_a_number_is_read_exactly_or_not_at_all(text: str, number: Fraction | None) -> None:
     assert as_number(text) == number
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [
-        ("0.5", r"\frac{1}{2}", True),
-        ("1,000", "1000.0", True),
-        ("0.1", "0.10000001", False),
-        ("0.3333", "1/3", False),
-        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\dfrac{\pi}{2})", True),
-        (r"\text{(C)}", "(C)", True),
-        ("10", "100", False),
-        ("x", "y", False),
-    ],
-)
-def test_answers_are_the_same_number_or_the_same_text(one: str, other: str, same: bool) -> None:
-    assert same_answer(one, other) is same
-    assert same_answer(other, one) is same
-
-
-def test_a_completion_earns_1_for_the_answer_of_its_row() -> None:
-    said = ["It is 18.", "#### 17", r"\boxed{36/2}", "I do not know.", "x+1"]
-    solution = "She sells 9 for 2 each.\n#### 18"
-    assert answer_matches([()] * 5, said, answer=[solution, solution, "18", 18, r"\boxed{x+1}"]) == [1, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
