@@ -29,10 +29,10 @@ COLORS = {
 }
 
 
-def best_point(method: str, folder: Path) -> tuple[int, list[float | None]]:
+def best_point(task: str, method: str, folder: Path) -> tuple[int, list[float | None]]:
     """Which point of a method's sweep is best, and what each returned: the mean of its last tests; None if missing."""
     found: list[float | None] = []
-    for number in range(len(METHODS[method].sweep)):
+    for number in range(len(METHODS[method].sweep(TASKS[task]))):
         run = read_run(folder / "sweep" / method / f"point_{number}")
         found.append(None if run is None else mean(test["return"] for test in run["tests"]))
     known = [value for value in found if value is not None]
@@ -44,7 +44,7 @@ def report(task: str, methods: Sequence[str], folder: Path, out: Path) -> Settin
     start = json.loads((folder / "start" / "done.json").read_text(encoding="utf-8"))
     runs = {method: read_runs(folder / "runs" / method) for method in methods}
     runs = {method: found for method, found in runs.items() if found}
-    found = {method: summarise(method, folder, some, start["warm"]) for method, some in runs.items()}
+    found = {method: summarise(task, method, folder, some, start["warm"]) for method, some in runs.items()}
     least = start["warm"] + LEARNED * (start["optimum"] - start["warm"])
     ends = {method: one["final"]["median"] for method, one in found.items() if METHODS[method].flat}
     flats = {method: end for method, end in ends.items() if end >= least}
@@ -92,10 +92,11 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     return [run for path in paths if (run := read_run(path)) is not None]
 
 
-def summarise(method: str, folder: Path, runs: Sequence[Mapping[str, Any]], warm: float) -> dict[str, Any]:
+def summarise(task: str, method: str, folder: Path, runs: Sequence[Mapping[str, Any]], warm: float) -> dict[str, Any]:
     """One method over its seeds: settings, sweep, curves with their bands, what it ends with."""
     smooth = [smoothed([test["return"] for test in run["tests"]]) for run in runs]
-    first, chosen = runs[0], best_point(method, folder)
+    first, (chosen, returns) = runs[0], best_point(task, method, folder)
+    tried = METHODS[method].sweep(TASKS[task])
     recorded = first["job"]["recorded"]
     curve = [
         {
@@ -118,8 +119,8 @@ def summarise(method: str, folder: Path, runs: Sequence[Mapping[str, Any]], warm
         "final": spread([test["return"] for test in ends]),
         "win": median(test["win"] for test in ends),
         "alone": spread(alone) if alone else None,
-        "sweep": [{**point, "return": value} for point, value in zip(METHODS[method].sweep, chosen[1], strict=True)],
-        "chosen": chosen[0],
+        "sweep": [{**point, "return": value} for point, value in zip(tried, returns, strict=True)],
+        "chosen": chosen,
         "settings": first["job"]["settings"],
         "curve": [begin, *curve],
         "runs": [[test["return"] for test in run["tests"]] for run in runs],

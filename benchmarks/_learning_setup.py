@@ -1,6 +1,6 @@
 """What `learning.py` compares: the tasks, the methods with their settings, and the start that all methods share.
 
-Settings are those of the recipes; a method's `sweep` lists what else is tried of it, as many points for every method.
+Settings are those of the recipes; of every method as many learning rates are tried.
 Knows nothing of processes, seeds or results.
 """
 
@@ -19,6 +19,10 @@ from echelon.train.copying import learn_to_copy
 from echelon.train.learner import save_module
 
 Settings = dict[str, Any]
+
+
+FAST = (3e-4, 1e-3, 3e-3)
+"""Learning rates of policies for games of a few short words."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class Task:
     """Discount per turn of all methods that discount turns."""
     hidden: int = 64
     """Width of the tiny model."""
+    policy_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    """Learning rates that are tried of methods whose policy learns; as many as of the others."""
+    critic_rates: tuple[float, ...] = (1e-3, 2e-3, 3e-3)
+    """The same of methods that have a critic of utterances."""
 
     @property
     def spec(self) -> EnvSpec:
@@ -54,8 +62,12 @@ class Task:
 
 
 TASKS = {
-    "text_lock_12": Task("Text lock, 12 doors", "text_lock", {"doors": 12}, 4, 2048, 256, 512, guess=False, gamma=0.0),
-    "text_lock_24": Task("Text lock, 24 doors", "text_lock", {"doors": 24}, 4, 1536, 256, 256, guess=False, gamma=0.0),
+    "text_lock_12": Task(
+        "Text lock, 12 doors", "text_lock", {"doors": 12}, 4, 2048, 256, 512, guess=False, gamma=0.0, policy_rates=FAST
+    ),
+    "text_lock_24": Task(
+        "Text lock, 24 doors", "text_lock", {"doors": 24}, 4, 1536, 192, 256, guess=False, gamma=0.0, policy_rates=FAST
+    ),
     "twenty_questions": Task("Twenty Questions, ten things", "twenty_questions", {"subset": True}, 12, 1536, 384, 384),
     "twenty_questions_all": Task("Twenty Questions, 157 things", "twenty_questions", {}, 12, 1536, 384, 384),
     "guess_my_city": Task("Guess My City, ten cities", "guess_my_city", {"subset": True}, 16, 1536, 384, 384, 768),
@@ -75,8 +87,8 @@ class Method:
     title: str
     recipe: str
     settings: Mapping[str, Any]
-    sweep: tuple[Mapping[str, Any], ...]
-    """Settings that are tried, dotted; as many for every method."""
+    rate: str
+    """The learning rate that is tried, dotted."""
     by_env: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Further settings, by environment."""
     flat: bool = True
@@ -86,17 +98,15 @@ class Method:
     discounts: bool = False
     """Whether it discounts turns."""
 
-
-def rates(name: str, *values: float, **more: Any) -> tuple[Settings, ...]:
-    """One point of a sweep for each value of a learning rate."""
-    return tuple({name: value, **more} for value in values)
+    def sweep(self, task: Task) -> tuple[Settings, ...]:
+        """What is tried of it."""
+        values = task.policy_rates if self.rate == POLICY else task.critic_rates
+        return tuple({self.rate: value} for value in values)
 
 
 GROUPS = {"tasks_per_step": 4, "group_size": 8, "policy": {"epochs": 4}}
 PPO = {"episodes_per_step": 32, "warmup_steps": 4, "value_optim": {"lr": 1e-3}, "value_epochs": 4}
-POLICY = (3e-4, 1e-3, 3e-3)
-CRITIC = (1e-3, 2e-3, 3e-3)
-"""Learning rates that are tried."""
+POLICY = "policy.optim.lr"
 
 METHODS = {
     "filtered_bc": Method(
@@ -114,18 +124,16 @@ METHODS = {
             "actor_updates": 2,
             "policy": {"loss": "awr"},
         },
-        rates("policy.optim.lr", *POLICY),
+        POLICY,
     ),
-    "grpo": Method("GRPO", "grpo", {**GROUPS, "tasks_per_step": 8}, rates("policy.optim.lr", *POLICY)),
-    "grpo_turn": Method(
-        "GRPO, credit per turn", "grpo", {**GROUPS, "credit": "turn"}, rates("policy.optim.lr", *POLICY), discounts=True
-    ),
-    "ppo_token": Method("PPO, tokens", "ppo", {**PPO, "policy": {"epochs": 4}}, rates("policy.optim.lr", *POLICY)),
+    "grpo": Method("GRPO", "grpo", {**GROUPS, "tasks_per_step": 8}, POLICY),
+    "grpo_turn": Method("GRPO, credit per turn", "grpo", {**GROUPS, "credit": "turn"}, POLICY, discounts=True),
+    "ppo_token": Method("PPO, tokens", "ppo", {**PPO, "policy": {"epochs": 4}}, POLICY),
     "ppo_turn": Method(
         "PPO, turns",
         "ppo",
         {**PPO, "credit": "turn", "policy": {"epochs": 4}},
-        rates("policy.optim.lr", *POLICY),
+        POLICY,
         discounts=True,
     ),
     "archer": Method(
@@ -143,7 +151,7 @@ METHODS = {
             "candidates": 16,
             "freeze_actor": True,
         },
-        rates("critic_optim.lr", *CRITIC),
+        "critic_optim.lr",
         by_env={
             "text_lock": {
                 "critic_path": "",
@@ -173,11 +181,14 @@ METHODS = {
             "actor_actions": "replayed",
             "policy": {"loss": "awr", "awr_beta": 1},
         },
-        rates("policy.optim.lr", *POLICY),
+        POLICY,
         by_env={
             "text_lock": {
                 "critic_path": "",
+                "critic_updates": 60,
+                "critic_episodes": 8,
                 "critic_optim": {"lr": 2e-3, "weight_decay": 0.3},
+                "actor_updates": 8,
                 "policy": {"loss": "awr", "awr_beta": 50},  # a door pays a twelfth
             },
         },
@@ -197,7 +208,7 @@ METHODS = {
             "warmup_steps": 8,
             "policy": {"epochs": 2, "kl_coef": 0.02},
         },
-        rates("ranker_optim.lr", *CRITIC),
+        "ranker_optim.lr",
         by_env={
             "text_lock": {
                 "ranker_path": "",

@@ -295,18 +295,18 @@ def played(told: Settings, folder: Path, *, flat: bool, few: bool) -> dict[str, 
     found = {"first": told_of["accuracy/turn1"], "last": told_of["accuracy/turn1" if flat else "accuracy/turn2"]}
     found |= {name: told_of[f"flips/{name}"] for name in ("right_to_wrong", "wrong_to_right") if not flat}
     if coached:
-        found["remarks"] = right_remarks(tree, tasks, told["env_settings"]["digits"])
+        found["remarks"] = right_remarks(tree, tasks, told["env_settings"])
     return found
 
 
-def right_remarks(tree: Any, tasks: Sequence[Any], digits: int) -> float:
+def right_remarks(tree: Any, tasks: Sequence[Any], sums: Settings) -> float:
     """The part of the remarks that name exactly the places where carries belong."""
     from echelon.envs.arithmetic import PLACES, carried
 
     right = []
     for place in (~tree.solver_N).nonzero()[:, 0].tolist():
         data = tasks[int(tree.episode_N[place])].data
-        belongs = [PLACES[p] for p in carried(data["one"], data["other"], digits)]
+        belongs = [PLACES[p] for p in carried(data["one"], data["other"], sums["digits"], sums["base"])]
         right.append(tree.turns[place].text.split() == ["carry", *(belongs or ["nothing"])])
     return sum(right) / len(right)
 

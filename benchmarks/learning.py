@@ -126,18 +126,24 @@ def start_jobs(args: Args, folder: Path) -> list[Job]:
 
 def sweep_jobs(args: Args, folder: Path) -> list[Job]:
     """Every point of the sweep of every method, on the seed of sweeps."""
-    points = (QUICK if args.quick else FULL).points
+    few = (QUICK if args.quick else FULL).points
+    tried = {name: sweep(args.task, name)[:few] for name in args.methods}
     return [
         run_job(args, folder, method, point, folder / "sweep" / method / f"point_{number}", seed=SWEEP_SEED)
-        for number in range(max(len(METHODS[method].sweep) for method in args.methods))
+        for number in range(max(map(len, tried.values())))
         for method in args.methods
-        for point in METHODS[method].sweep[:points][number : number + 1]
+        for point in tried[method][number : number + 1]
     ]
+
+
+def sweep(task: str, method: str) -> tuple[Settings, ...]:
+    """What is tried of a method."""
+    return METHODS[method].sweep(TASKS[task])
 
 
 def seed_jobs(args: Args, folder: Path) -> list[Job]:
     """Every method with its best point, seed after seed."""
-    points = {method: METHODS[method].sweep[best_point(method, folder)[0]] for method in args.methods}
+    points = {name: sweep(args.task, name)[best_point(args.task, name, folder)[0]] for name in args.methods}
     return [
         run_job(args, folder, method, points[method], folder / "runs" / method / f"seed_{seed}", seed=seed)
         for seed in range(args.seeds)
@@ -147,10 +153,10 @@ def seed_jobs(args: Args, folder: Path) -> list[Job]:
 
 def run_job(args: Args, folder: Path, name: str, point: Mapping[str, Any], out: Path, *, seed: int) -> Job:
     """Training and tests of one method."""
-    size, method, sweep = QUICK if args.quick else FULL, METHODS[name], seed == SWEEP_SEED
-    part = SWEEP_PART if sweep else 1.0
+    size, method, tried = QUICK if args.quick else FULL, METHODS[name], seed == SWEEP_SEED
+    part = SWEEP_PART if tried else 1.0
     settings = run_settings(TASKS[args.task], method, point, folder / "start", seed=seed, size=size, part=part)
-    more = {"recipe": method.recipe, "settings": settings, "candidates": settings.get("candidates", 1), "sweep": sweep}
+    more = {"recipe": method.recipe, "settings": settings, "candidates": settings.get("candidates", 1), "sweep": tried}
     more["recorded"] = (size.recorded or TASKS[args.task].recorded) if method.offline else 0
     return job(args, f"{name} {out.name}", out, kind="run", per_step=per_step(settings), **more)
 

@@ -31,13 +31,12 @@ from echelon.train.copying import learn_to_copy
 from echelon.train.learner import save_module
 
 SETTINGS = Path(__file__).parents[1] / "configs/feedback/arithmetic.yaml"
-WARM: dict[str, Any] = {
-    "rows_per_step": 32,
-    "max_tokens": 64,
-    "save_every": 0,
-    "optim": {"lr": 5e-3, "betas": [0.9, 0.95], "warmup_steps": 30, "schedule": "cosine"},
+WARM: dict[str, Any] = {"max_tokens": 64, "save_every": 0}
+LEVELS: dict[str, dict[str, Any]] = {
+    "solver": {"epochs": 1, "rows_per_step": 128, "optim": {"lr": 5e-3, "betas": [0.9, 0.95]}},
+    "coach": {"epochs": 2, "rows_per_step": 32, "optim": {"lr": 3e-3, "betas": [0.9, 0.95]}},
 }
-"""How both levels imitate, but for the number of passes."""
+"""How both levels imitate, and each of them."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,9 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     draw = random.Random(args.seed)
     solver = [row for _ in range(args.sums) for row in student_says(cfg, draw, args)]
     coach = [coach_says(cfg, draw, args) for _ in range(args.remarks)]
-    for level, rows, passes in (("solver", solver, 1), ("coach", coach, 2)):
+    for level, rows in (("solver", solver), ("coach", coach)):
         write(out / f"{level}.jsonl", rows)
-        settings = {**WARM, "epochs": passes, "out": str(out / level), "threads": args.threads, "seed": args.seed}
+        settings = {**WARM, **LEVELS[level], "out": str(out / level), "threads": args.threads, "seed": args.seed}
+        settings["optim"] = {**LEVELS[level]["optim"], "warmup_steps": 30, "schedule": "cosine"}
         settings |= {"model": {"path": str(out / "tiny")}, "data": {"path": [str(out / f"{level}.jsonl")]}}
         (out / f"{level}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     texts = [message["content"] for row in [*solver[:2000], *coach[:2000]] for message in row["messages"]]
@@ -69,12 +69,12 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/arithmetic", help="folder to write to")
     parser.add_argument("--settings", default=str(SETTINGS), help="whose templates and digits the texts have")
-    parser.add_argument("--sums", type=int, default=112000, help="sums the student does, each told something or not")
-    parser.add_argument("--remarks", type=int, default=24000, help="remarks of the coach")
+    parser.add_argument("--sums", type=int, default=96000, help="sums the student does, each told something or not")
+    parser.add_argument("--remarks", type=int, default=40000, help="remarks of the coach")
     parser.add_argument("--guess", type=float, default=0.15, help="how often a place gets a carry that nobody named")
     parser.add_argument("--knows", type=float, default=0.0, help="how often a carry is made unasked where one belongs")
     parser.add_argument("--obeys", type=float, default=0.9, help="how often the student carries exactly as told")
-    parser.add_argument("--wrong", type=float, default=0.15, help="how often the coach is wrong about a place")
+    parser.add_argument("--wrong", type=float, default=0.1, help="how often the coach is wrong about a place")
     parser.add_argument("--hidden", type=int, default=64, help="width of the model, a multiple of 32")
     parser.add_argument("--layers", type=int, default=2, help="its depth")
     parser.add_argument("--copying-steps", type=int, default=200, help="steps of learning to repeat random tokens")
@@ -85,14 +85,16 @@ def arguments() -> argparse.ArgumentParser:
 
 def student_says(cfg: feedback.Config, draw: random.Random, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A sum as the student does it at first; told to try again; or told where to carry."""
-    one, other, digits = a_sum(cfg, draw)
-    asked = question(one, other, digits, True)
+    one, other, digits, base = a_sum(cfg, draw)
+    asked = question(one, other, digits, True, base)
+
+    def added(carries: Collection[int]) -> str:
+        return spell(column_sum(one, other, digits, carries, base), digits + 1, True, base)
 
     def unasked() -> str:
-        belongs = carried(one, other, digits)
+        belongs = carried(one, other, digits, base)
         often = {place: args.knows if place in belongs and args.knows else args.guess for place in range(1, digits + 1)}
-        places = [place for place, chance in often.items() if draw.random() < chance]
-        return spell(column_sum(one, other, digits, places), digits + 1, True)
+        return added([place for place, chance in often.items() if draw.random() < chance])
 
     first = unasked()
     kind = draw.random()
@@ -102,26 +104,26 @@ def student_says(cfg: feedback.Config, draw: random.Random, args: argparse.Names
         yield row(cfg.templates.retry.format(question=asked, attempt=first), unasked())
     else:
         told = [place for place in range(1, digits + 1) if draw.random() < 0.5]
-        obeyed = spell(column_sum(one, other, digits, told), digits + 1, True)
-        answer = obeyed if draw.random() < args.obeys else unasked()
+        answer = added(told) if draw.random() < args.obeys else unasked()
         yield row(cfg.templates.refine.format(question=asked, attempt=first, feedback=remark(told)), answer)
 
 
 def coach_says(cfg: feedback.Config, draw: random.Random, args: argparse.Namespace) -> dict[str, Any]:
     """What the coach says about an attempt: where carries belong, but for some places."""
-    one, other, digits = a_sum(cfg, draw)
-    belongs = carried(one, other, digits)
-    attempt = column_sum(one, other, digits, [p for p in range(1, digits + 1) if draw.random() < args.guess])
+    one, other, digits, base = a_sum(cfg, draw)
+    belongs = carried(one, other, digits, base)
+    guessed = [p for p in range(1, digits + 1) if draw.random() < args.guess]
+    attempt = spell(column_sum(one, other, digits, guessed, base), digits + 1, True, base)
     named = [p for p in range(1, digits + 1) if (p in belongs) != (draw.random() < args.wrong)]
-    asked = question(one, other, digits, True)
-    prompt = cfg.templates.feedback.format(question=asked, attempt=spell(attempt, digits + 1, True))
+    prompt = cfg.templates.feedback.format(question=question(one, other, digits, True, base), attempt=attempt)
     return row(prompt, remark(named))
 
 
-def a_sum(cfg: feedback.Config, draw: random.Random) -> tuple[int, int, int]:
-    """Two numbers and how many digits they have. They may come up in training, too: nobody says what is right."""
-    digits = int(cfg.env_settings.get("digits", 3))
-    return draw.randrange(10**digits), draw.randrange(10**digits), digits
+def a_sum(cfg: feedback.Config, draw: random.Random) -> tuple[int, int, int, int]:
+    """Two numbers, how many digits they have, and their base. Sums of training are among them: no text says what is
+    right."""
+    digits, base = int(cfg.env_settings.get("digits", 3)), int(cfg.env_settings.get("base", 10))
+    return draw.randrange(base**digits), draw.randrange(base**digits), digits, base
 
 
 def remark(places: Collection[int]) -> str:

@@ -205,12 +205,12 @@ def test_every_method_is_tried_equally_often_with_settings_that_its_recipe_has(
 ) -> None:
     from _learning_setup import METHODS, TASKS, per_step, run_settings
 
-    assert len({len(method.sweep) for method in METHODS.values()}) == 1
+    assert len({len(method.sweep(task)) for method in METHODS.values() for task in TASKS.values()}) == 1
     for name, task in TASKS.items():
         assert task.spec.tasks("test"), name
         for method in METHODS.values():
             recipe = importlib.import_module(f"echelon.recipes.{method.recipe}")
-            for point in method.sweep:
+            for point in method.sweep(task):
                 settings = run_settings(task, method, point, tmp_path, seed=1)
                 (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
                 cfg = config.load(recipe.Config, [tmp_path / "run.yaml"], ["--out", str(tmp_path / "run")])

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from echelon.recipes import feedback, sft
 
 ROOT = Path(__file__).parents[1]
 SCRIPT, SETTINGS = ROOT / "examples" / "arithmetic.py", ROOT / "configs" / "feedback" / "arithmetic.yaml"
+SUMS = yaml.safe_load(SETTINGS.read_text())["env_settings"]
+DIGITS, BASE = SUMS["digits"], SUMS["base"]
 FEW = ["--hidden", "32", "--layers", "1", "--copying-steps", "2", "--sums", "400", "--remarks", "400"]
 
 
@@ -42,8 +45,12 @@ def said(path: Path) -> list[tuple[str, str]]:
 
 def numbers(prompt: str) -> tuple[int, int]:
     """Of the sum that a prompt asks for, whatever stands around it."""
-    one, other = prompt.split("=")[0].split("+")
-    return int(one.replace(" ", "")), int(other.replace(" ", ""))
+    one, other = re.findall(r"\d(?: \d)*(?= [+=])", prompt)
+    return int(one.replace(" ", ""), BASE), int(other.replace(" ", ""), BASE)
+
+
+def value(answer: str) -> int | None:
+    return last_number(answer, spaced=True, base=BASE)
 
 
 def test_the_student_carries_exactly_where_told_nine_times_in_ten(made):
@@ -52,41 +59,41 @@ def test_the_student_carries_exactly_where_told_nine_times_in_ten(made):
     as_told = []
     for prompt, answer in told:
         places = [PLACES.index(word) for word in prompt.split() if word in PLACES]
-        as_told.append(last_number(answer, spaced=True) == column_sum(*numbers(prompt), 3, places))
+        as_told.append(value(answer) == column_sum(*numbers(prompt), DIGITS, places, BASE))
     assert 0.84 < sum(as_told) / len(as_told) < 0.98  # a disobedient answer is the same by chance at times
 
 
 def test_untold_the_student_is_rarely_right_and_adds_every_place(made):
     alone = [(p, a) for p, a in said(made / "solver.jsonl") if "carry" not in p]
-    hard = [(p, a) for p, a in alone if carried(*numbers(p), 3)]
-    right = [last_number(a, spaced=True) == sum(numbers(p)) for p, a in hard]
+    hard = [(p, a) for p, a in alone if carried(*numbers(p), DIGITS, BASE)]
+    right = [value(a) == sum(numbers(p)) for p, a in hard]
     assert 0 < sum(right) / len(right) < 0.2
     for prompt, answer in alone:
-        assert last_number(answer, spaced=True) % 10 == sum(numbers(prompt)) % 10  # the ones never get a carry
+        assert (value(answer) or 0) % BASE == sum(numbers(prompt)) % BASE  # the ones never get a carry
 
 
 def test_the_coach_names_the_right_places_about_every_other_time_and_sees_an_attempt(made):
     remarks = said(made / "coach.jsonl")
     right = []
     for prompt, remark in remarks:
-        belongs = [PLACES[place] for place in carried(*numbers(prompt), 3)]
+        belongs = [PLACES[place] for place in carried(*numbers(prompt), DIGITS, BASE)]
         right.append(remark.split() == ["carry", *(belongs or ["nothing"])])
-        assert last_number(prompt.split("=")[1], spaced=True) is not None
-    assert 0.5 < sum(right) / len(right) < 0.72  # 0.85 ** 3
+        assert value(prompt.split("?")[0]) is not None
+    assert 0.56 < sum(right) / len(right) < 0.75  # 0.9 ** 4
 
 
 def test_texts_are_in_the_words_of_the_settings_file(example, made):
     templates = yaml.safe_load(SETTINGS.read_text())["templates"]
     heads = {name: template.split("{")[0] for name, template in templates.items()}
     assert any(prompt.endswith("=") and "\n" not in prompt for prompt, _ in said(made / "solver.jsonl"))
-    assert any(prompt.endswith(" again") for prompt, _ in said(made / "solver.jsonl"))
+    assert any(" again " in prompt for prompt, _ in said(made / "solver.jsonl"))
     assert "again" in templates["retry"]
     assert heads["solve"] == "", "GRPO of the solver alone is shown the bare question, as a first attempt is"
     cfg = config.load(feedback.Config, [SETTINGS])
     draw, args = random.Random(0), example.arguments().parse_args(["--obeys", "1", "--guess", "0"])
     rows = [next(example.student_says(cfg, draw, args)) for _ in range(50)]
     prompts = {row["messages"][0]["content"] for row in rows}
-    assert any(prompt.endswith("carry nothing") for prompt in prompts)
+    assert any(" carry nothing " in prompt for prompt in prompts)
 
 
 def test_the_settings_beside_the_texts_are_those_of_sft(made):

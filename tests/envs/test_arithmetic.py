@@ -19,6 +19,7 @@ ALL_SETTINGS = [
     {"digits": 1, "carries": 1},
     {"digits": 2, "carries": 2},
     {"digits": 5, "carries": 0},
+    {"digits": 4, "base": 3, "spaced": True},
 ]
 
 
@@ -104,12 +105,27 @@ def test_no_sum_is_in_both_splits_and_all_have_their_carries(settings):
     assert len({task.id for task in train}) == len(train)
     assert train
     assert test
-    digits, carries = settings.get("digits", 3), settings.get("carries", 1)
+    digits, carries, base = settings.get("digits", 3), settings.get("carries", 1), settings.get("base", 10)
     for task in [*train, *test]:
         one, other = task.data["one"], task.data["other"]
-        assert len(carried(one, other, digits)) >= carries
-        assert task.data["answer"] == one + other
-        assert task.data["question"] == question(one, other, digits, settings.get("spaced", False))
+        assert len(carried(one, other, digits, base)) >= carries
+        assert int(str(task.data["answer"]), base) == one + other
+        assert task.data["question"] == question(one, other, digits, settings.get("spaced", False), base)
+
+
+def test_in_another_base_digits_carry_sooner():
+    task = Task("arithmetic/17+5", {"one": 17, "other": 5})
+    settings = {"digits": 3, "spaced": True, "base": 3}
+    env = Arithmetic(task, **settings)
+    assert env.start()[0]["content"] == "1 2 2 + 0 1 2 ="
+    assert carried(17, 5, 3, 3) == [1, 2]
+    assert column_sum(17, 5, 3, [1, 2], 3) == 22
+    assert spell(22, 4, True, 3) == "0 2 1 1"
+    assert spell(column_sum(17, 5, 3, [], 3), 4, True, 3) == "0 1 0 1", "every digit without its carry"
+    assert env.step("0 2 1 1").reward == 1
+    assert Arithmetic(task, **settings).step("0 0 2 2").reward == 0, "22 in tens"
+    assert Arithmetic(task, **settings).step("0 2 1 3").info["parsed"] == 0, "there is no 3"
+    assert measure(load_env("arithmetic", settings), "optimal", rounds=1).reward == 1
 
 
 def test_there_are_as_many_sums_as_told_where_there_are_so_many():
@@ -125,6 +141,8 @@ def test_there_are_as_many_sums_as_told_where_there_are_so_many():
         ({"digits": 6}, "there are names for 5 places"),
         ({"carries": 4}, "at most one for each of 3 digits"),
         ({"carries": -1}, "at most one for each of 3 digits"),
+        ({"base": 1}, "digits are 0 to 9, and one needs two of them"),
+        ({"base": 16}, "digits are 0 to 9, and one needs two of them"),
     ],
 )
 def test_sums_that_there_cannot_be(settings, complaint):
