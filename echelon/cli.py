@@ -50,6 +50,9 @@ EXTRAS = {
     "mlflow": "mlflow-skinny",
     "trackio": "trackio",
     "textarena": "textarena",
+    "control": "gymnasium",
+    "video": "moviepy",
+    "experts": "stable-baselines3",
     "bench": "trl",
     "dev": "pytest",
 }
@@ -81,7 +84,8 @@ def main(argv: Sequence[str] | None = None, *, package: str = "echelon.recipes")
 
 
 def recipes(package: str = "echelon.recipes") -> dict[str, str]:
-    """Recipe → first line of its docstring, in alphabetical order. The modules are parsed, not imported."""
+    """Recipe, as it is typed → first line of its docstring, in alphabetical order. The modules are parsed, not
+    imported."""
     spec = importlib.util.find_spec(package)
     found: dict[str, str] = {}
     for folder in (spec and spec.submodule_search_locations) or ():
@@ -89,7 +93,7 @@ def recipes(package: str = "echelon.recipes") -> dict[str, str]:
             tree = ast.parse(file.read_text(encoding="utf-8"))
             defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
             if {"Config", "main"} <= defined:
-                found[file.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+                found[file.stem.replace("_", "-")] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return dict(sorted(found.items()))
 
 
@@ -106,7 +110,7 @@ def _dispatch(words: list[str], package: str) -> None:
     elif command.startswith("-"):
         raise ConfigError(f"unknown flag '{command}'. The recipe comes first: echelon <recipe> {' '.join(words)}")
     else:
-        _run(command.replace("-", "_"), rest, package)
+        _run(command.replace("_", "-"), rest, package)
 
 
 def _run(recipe: str, words: list[str], package: str) -> None:
@@ -117,7 +121,7 @@ def _run(recipe: str, words: list[str], package: str) -> None:
         raise ConfigError(f"unknown recipe '{recipe}'.{meant} There are: {', '.join(known)}.")
     from echelon import config
 
-    module = importlib.import_module(f"{package}.{recipe}")
+    module = importlib.import_module(f"{package}.{recipe.replace('-', '_')}")
     if "--help" in words or "-h" in words:
         _explain(recipe, module)
         return

@@ -302,7 +302,8 @@ class PlayConfig(CommandConfig):
     """Prompts to answer once each, in place of an environment."""
     reward: tuple[str, ...] = ()
     """What completions earn, on top of what the environment gives: path.py:function, module:function, the folder of a
-    reward model, or a check: math, number, choice or exact by the row's answer, code by its tests, or a judge."""
+    reward model, or a check: math, number, choice or exact by the row's answer, code by its tests, a judge; or, of
+    rows of a controller, format, imitation, imitation_discrete."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward; without it all weigh 1."""
     judge: Settings = field(default_factory=dict)

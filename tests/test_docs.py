@@ -161,7 +161,7 @@ def columns(text: str, heading: str) -> Iterator[tuple[dict[str, str], str]]:
 
 
 def config_of(recipe: str) -> Any:
-    return importlib.import_module(f"echelon.recipes.{recipe}").Config
+    return importlib.import_module(f"echelon.recipes.{recipe.replace('-', '_')}").Config
 
 
 def defaults(recipe: str) -> Any:

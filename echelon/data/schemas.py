@@ -25,6 +25,8 @@ class Sft:
     """A conversation to imitate. It ends with an assistant message."""
 
     messages: list[Message]
+    completion: str = ""
+    """How the last message goes on, if it is only the beginning of what was said; nothing else is learned then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Something to answer. It does not end with an assistant message."""
+    """Something to answer. If it ends with an assistant message, that is the beginning of the answer."""
 
     messages: list[Message]
     columns: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +59,7 @@ Row = Sft | Preference | Prompt
 _ASKED = ("prompt", "question")
 _LAYOUTS: dict[Schema, list[Columns]] = {
     "sft": [
+        ("messages", "completion"),
         ("messages",),
         *product(_ASKED, ("response", "response_j", "completion", "chosen")),
         ("question", "answer"),
@@ -114,7 +117,8 @@ def read_row(cells: Mapping[str, Any], layout: Columns, schema: Schema, where: s
     (asked,) = layout
     if asked == "messages":
         messages = _conversation(cells[asked], asked, where)
-        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages  # an answer to imitate
+        if messages[-1]["role"] == "assistant" and "completion" not in cells:  # an answer to imitate
+            messages = messages[:-1]
     else:
         messages = read_prompt(cells[asked], asked, where)
     return Prompt(messages, {column: value for column, value in cells.items() if column != asked}, where)
@@ -124,6 +128,8 @@ def identity(row: Row) -> list[Any]:
     """What makes two rows the same row: everything that is said, and nothing else."""
     if isinstance(row, Preference):
         return [row.prompt, row.chosen, row.rejected]
+    if isinstance(row, Sft) and row.completion:
+        return [row.messages, row.completion]
     return [row.messages]
 
 
@@ -131,10 +137,12 @@ def kinship(row: Row) -> list[Any]:
     """What keeps rows on one side of a split: what was said before the last answer, whatever the schema."""
     if isinstance(row, Preference):
         return [row.prompt]
-    return [row.messages[:-1] if isinstance(row, Sft) else row.messages]
+    return [row.messages[:-1] if isinstance(row, Sft) and not row.completion else row.messages]
 
 
 def _read_sft(cells: Mapping[str, Any], layout: Columns, where: str) -> Sft:
+    if layout == ("messages", "completion"):
+        return _read_completed(cells, where)
     if layout == ("messages",):
         messages = _conversation(cells["messages"], "messages", where)
     else:
@@ -151,6 +159,17 @@ def _read_sft(cells: Mapping[str, Any], layout: Columns, where: str) -> Sft:
             "conversation end with the assistant's."
         )
     return Sft(messages)
+
+
+def _read_completed(cells: Mapping[str, Any], where: str) -> Sft:
+    """A prompt and its completion, which is a message of its own or goes on with the one that the prompt begins."""
+    messages = _conversation(cells["messages"], "messages", where)
+    completion = _text(cells["completion"], "'completion'", where)
+    if messages[-1]["role"] == "assistant":
+        return Sft(messages, completion)
+    answer = [*messages, Message(role="assistant", content=completion)]
+    _check_roles(answer, "messages", where)
+    return Sft(answer)
 
 
 def _read_preference(cells: Mapping[str, Any], layout: Columns, where: str) -> Preference:

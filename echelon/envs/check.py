@@ -101,8 +101,7 @@ class _Check:
         opening = await self._call("start()", env.start)
         self._messages("start()", opening)
         self._rule(len(opening) > 0, "start() returned no message. The actor needs something to answer.")
-        spoken = opening[-1]["role"] != "assistant"
-        self._rule(spoken, "start() ends with an assistant message. It is the actor's turn: end with another role.")
+        self._turn("start()", opening, env)
         heard = list(opening)
         returned: list[Any] = [list(opening)]
         for turn in range(LONGEST_EPISODE):
@@ -111,7 +110,7 @@ class _Check:
             elif turn == len(texts):
                 return returned
             step = await self._call(f"step({_short(texts[turn])})", env.step, texts[turn])
-            self._step(step, goes_on=hasattr(env, "stop_when"))
+            self._step(step, env)
             heard += step.messages
             returned.append((list(step.messages), step.reward, step.terminated, step.truncated, dict(step.info)))
             if step.terminated or step.truncated:
@@ -125,19 +124,17 @@ class _Check:
         with _raises_nothing(self._spec, call):
             return await settle(method(*arguments))
 
-    def _step(self, step: Any, *, goes_on: bool) -> None:
+    def _step(self, step: Any, env: Any) -> None:
         self._rule(isinstance(step, Step), f"step() returned {_short(step)}. It must return an echelon.types.Step.")
         self._messages("step()", step.messages)
         ended = step.terminated or step.truncated
         self._rule(
-            bool(step.messages) or ended or goes_on,
+            bool(step.messages) or ended or hasattr(env, "stop_when"),
             "step() returned no message though the episode goes on. The actor needs something to answer, unless the "
             "environment says with stop_when() where one utterance of a message ends.",
         )
-        self._rule(
-            ended or not step.messages or step.messages[-1]["role"] != "assistant",
-            "step() ends with an assistant message. It is the actor's turn: end with another role.",
-        )
+        if step.messages and not ended:
+            self._turn("step()", step.messages, env)
         number = isinstance(step.reward, Real) and math.isfinite(step.reward)
         self._rule(number, f"step() gave the reward {step.reward!r}. It must be a finite number.")
         self._rule(
@@ -146,6 +143,13 @@ class _Check:
         )
         numbers = all(isinstance(value, Real) and math.isfinite(value) for value in step.info.values())
         self._rule(numbers, "step() has an info that is not a finite number. Info is logged as numbers.")
+
+    def _turn(self, call: str, messages: Sequence[Message], env: Any) -> None:
+        """The actor is to speak next; where every message is a whole prompt its own may be begun for it."""
+        self._rule(
+            messages[-1]["role"] != "assistant" or (len(messages) > 1 and getattr(env, "afresh", False)),
+            f"{call} ends with an assistant message. It is the actor's turn: end with another role.",
+        )
 
     def _messages(self, call: str, messages: Any) -> None:
         listed = isinstance(messages, Sequence) and not isinstance(messages, str)

@@ -24,7 +24,10 @@ class Row(Protocol):
 
 
 class Prompts:
-    """One episode: the messages of the task, one answer, the end. `prompts_env` gives it tasks."""
+    """One episode: the messages of the task, one answer, the end. `prompts_env` gives it tasks.
+
+    Messages that end with the assistant's are the beginning of the answer.
+    """
 
     listed: Mapping[str, Sequence[Task]] = {}
     """Split → its tasks."""
@@ -66,9 +69,11 @@ def prompts_env(train: Sequence[Row], held_out: Sequence[Row] = (), *, name: str
 
 
 def _task(row: Row, ident: str, name: str) -> Task:
-    if not row.messages or row.messages[-1]["role"] == "assistant":
+    opened = bool(row.messages) and row.messages[-1]["role"] == "assistant"
+    if not row.messages or (opened and "completion" not in row.columns):
         raise DataError(
-            f"{name}: prompt {ident} leaves nothing to answer: it must have messages, the last not the assistant's."
+            f"{name}: prompt {ident} leaves nothing to answer: it must have messages, the last not the assistant's, or "
+            "a completion that goes on with it."
         )
     return Task(ident, {**{key: _plain(value) for key, value in row.columns.items()}, "messages": row.messages})
 

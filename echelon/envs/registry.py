@@ -36,7 +36,8 @@ _OWN = "path/to/file.py:ClassName, package.module:ClassName or tasks.yaml"
 
 def load_env(name: str, settings: Mapping[str, Any] | None = None, *, trust_code: bool = False) -> EnvSpec:
     """Find an environment: a built-in name, `path/to/file.py:ClassName`, `package.module:ClassName`, a file of tasks
-    (`tasks.yaml`), whose Python runs only with `trust_code`, or a game of TextArena (`textarena:Wordle-v0`).
+    (`tasks.yaml`), whose Python runs only with `trust_code`, a game of TextArena (`textarena:Wordle-v0`), or an
+    environment of Gymnasium (`gymnasium:CartPole-v1`).
 
     Raises ConfigError for an unknown name or setting, DataError for a file, module or class that cannot be used.
     """
@@ -50,6 +51,10 @@ def load_env(name: str, settings: Mapping[str, Any] | None = None, *, trust_code
         from echelon.envs.textarena import textarena_env
 
         return textarena_env(name, settings)
+    if name.startswith("gymnasium:"):
+        from echelon.envs.gymnasium import gymnasium_env
+
+        return gymnasium_env(name, settings)
     where, colon, class_name = BUILT_IN.get(name, name).rpartition(":")
     if not colon or not where or not class_name:
         built_in = ", ".join(BUILT_IN)

@@ -7,6 +7,10 @@ evaluation.json (the average score, and of every episode what it scored, how it 
 where a ranker or a critic picked among candidates, all of them, with what each was thought to be worth), episodes.jsonl
 and summary.json; those of an earlier evaluation are replaced only with --overwrite.
 
+In an environment of Gymnasium (`--env-id CartPole-v1`) the model is a controller, and so may be one behind an endpoint
+(`--policy api`), a perceptron or a script. Every action is kept; films, a plot and a normalised score come on demand
+(docs/control-evaluation.md).
+
 With `reference` the last utterance of every episode is also compared with the reply that the task's data hold: BLEU-2,
 ROUGE-L and Distinct-2 of all of them together.
 
@@ -22,7 +26,6 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,9 +36,10 @@ from torch import nn
 from echelon.config import ModelConfig, PlayConfig, SamplingConfig, demand, require
 from echelon.data.recorded import transition_rows
 from echelon.envs import EnvSpec
-from echelon.envs.players import make_player
 from echelon.errors import CheckpointError, ConfigError, DataError, need
+from echelon.rollout import control_eval
 from echelon.rollout.candidates import step_record
+from echelon.rollout.control_eval import Control, ControlPlay, open_speaker, prepared, with_planner
 from echelon.rollout.dialogue import RESPONDER, STRATEGIST, choice_record
 from echelon.rollout.evaluate import Estimate, bootstrap, evaluation_record, scripted_loop, summarise
 from echelon.rollout.feedback import SOLVER
@@ -52,9 +56,9 @@ from echelon.sampling.candidates import Chooser
 from echelon.text.metrics import LIBRARIES, text_scores
 from echelon.train.checkpoint import Label
 from echelon.train.log import episode_rows
-from echelon.types import Episode, Play, SamplingParams, Task
+from echelon.types import Env, Episode, Play, SamplingParams, Task
 
-EPISODES, MAX_TOKENS, MAX_PROMPT_TOKENS = 200, 32, 1024
+EPISODES, MAX_TURNS, MAX_TOKENS, MAX_PROMPT_TOKENS = 200, 100, 32, 1024
 """Where nobody says how many, and how long."""
 
 FOLDER = "model.path"
@@ -62,7 +66,7 @@ FOLDER = "model.path"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PlayConfig):
+class Config(ControlPlay):
     """Settings of an evaluation."""
 
     out: str = ""
@@ -72,14 +76,12 @@ class Config(PlayConfig):
     label: Label = "auto"
     """Which model of a run: that of a step, the latest, or the best that it kept; auto is the best, or else the
     latest."""
-    player: Literal["model", "random", "optimal"] = "model"
-    """The model, or a scripted player of the environment instead."""
     split: Literal["train", "test"] = "test"
     """Whose tasks are played; of a data set where nothing is held out, all of them."""
     episodes: int = 0
-    """How many are played; 0 plays 200, with `rounds` every problem once."""
-    max_turns: int = 100
-    """An episode is cut off after this many turns."""
+    """How many are played; 0 plays 200, of controllers 10, with `rounds` every problem once."""
+    max_turns: int = 0
+    """An episode is cut off after this many turns; 0 is 100, and for controllers their environment's own end."""
     error_budget: float = 0.0
     """Fraction of the episodes that may fail; the others are what is reported."""
     temperature: float = 1.0
@@ -123,14 +125,23 @@ class Config(PlayConfig):
 
     worth = (*PlayConfig.worth, "reference")
 
+    @property
+    def count(self) -> int:
+        """How many episodes are played without `rounds`."""
+        return self.episodes or (control_eval.EPISODES if self.controls else EPISODES)
+
+    @property
+    def longest(self) -> int:
+        """Turns after which an episode is cut off."""
+        return self.max_turns or (control_eval.LONGEST if self.controls else MAX_TURNS)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, *(["model.path"] if self.player == "model" else []))
+        require(self, *(["model.path"] if self.player in ("model", "mlp") else []))
         because = "prompts have no scripted players. Leave player at model."
         demand(self, "player", self.player == "model" or bool(self.env), because)
-        for name in ("max_turns", "attempts"):
-            demand(self, name, getattr(self, name) >= 1, "it counts something there must be one of. Give 1 or more.")
-        for name in ("episodes", "max_tokens", "max_prompt_tokens", "rounds"):
+        demand(self, "attempts", self.attempts >= 1, "it counts something there must be one of. Give 1 or more.")
+        for name in ("episodes", "max_turns", "max_tokens", "max_prompt_tokens", "rounds"):
             demand(self, name, getattr(self, name) >= 0, "it is a count. Give 0 for the default, or more.")
         _check_rounds(self)
         demand(self, "candidates", self.candidates >= 0, "they are counted. Give 1 to let the model say what it draws.")
@@ -139,6 +150,9 @@ class Config(PlayConfig):
         demand(self, "top_k", self.top_k >= 0, "it counts tokens. Give 0 to keep all.")
         demand(self, "top_p", 0 < self.top_p <= 1, "it is a probability that must be kept. Give 1 to keep all.")
         demand(self, "repetition_penalty", self.repetition_penalty > 0, "it divides. Give 1 to leave it out.")
+        for name, nothing in {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "stop": ()}.items():
+            here = self.player != "api" or getattr(self, name) == nothing
+            demand(self, name, here, "an endpoint is not sent it. Leave it out with --policy api.")
         demand(self, "stop", "" not in self.stop, "every text contains the empty text. Leave it out.")
         at = not isinstance(self.label, int) or self.label >= 0
         demand(self, "label", at, "steps are counted from 0. Give one of those in <run>/checkpoints.")
@@ -183,30 +197,35 @@ def main(cfg: Config) -> None:
         return evaluate_rounds(cfg)
     if cfg.player == "model" and run_of(solver_path(cfg.model.path, cfg.label)):
         raise ConfigError(f"rounds = 0: {cfg.model.path} learned to solve with feedback. Give --rounds 1, or more.")
-    folder = speaker(cfg.model.path, cfg.label) if cfg.player == "model" else ""
-    split = split_of(cfg)
+    folder = speaker(cfg.model.path, cfg.label) if cfg.player in ("model", "mlp") else ""
+    cfg, split = prepared(cfg, folder), split_of(cfg)
     out = results(cfg, Path(folder), split)
     check_out(out, overwrite=cfg.overwrite)
     env, rewards = open_tasks(cfg), open_rewards(cfg)
     tasks = env.tasks(split)
-    chosen = [tasks[place % len(tasks)] for place in range(cfg.episodes or EPISODES)]
+    chosen = [replace(tasks[place % len(tasks)]) for place in range(cfg.count)]
     check_references(cfg.reference, chosen)
-    who = open_players(cfg, env, folder)
+    control = Control(cfg, env, chosen, out) if cfg.controls else None
+    who = open_players(cfg, env, folder, control.flights.make if control else env.make)
     set_threads(cfg.threads, next(iter(who.modules.values()), None))
     if cfg.dry_run:
-        most = (cfg.episodes or EPISODES) * cfg.max_turns * (cfg.max_tokens or MAX_TOKENS)
+        most = cfg.count * cfg.longest * (cfg.max_tokens or MAX_TOKENS)
         return describe(who.modules, tokens_per_step=most * bool(who.roles))
 
     episodes = asyncio.run(collect(chosen, who.play, seed=cfg.seed, error_budget=cfg.error_budget))
     rewards.add(episodes)
 
-    found: dict[str, Estimate | Score] = {**estimates(episodes, tokens=bool(who.roles))}
+    reported = control.estimates if control else estimates
+    found: dict[str, Estimate | Score] = {**reported(episodes, tokens=bool(who.roles))}
     found |= compared(cfg.reference, episodes)
     failed = sum(episode.ending == "failed" for episode in episodes)
-    Console().print(table(cfg, found, split, failed=failed, of=len(episodes)))
+    lines = table(cfg, found, split, failed=failed, of=len(episodes))
+    Console().print(lines)
     decode = {role.name: role.renderer.decode for role in who.roles} or None
     record = evaluation_record(episodes, who.choices())
     write(out, cfg, found, episode_rows(episodes, decode=decode), record)
+    if control:
+        control.report(found, str(lines.title))
     if cfg.transitions:
         write_transitions(Path(cfg.transitions), transition_rows(episodes))
 
@@ -220,23 +239,25 @@ def results(cfg: Config, folder: Path, what: str) -> Path:
     return Path(cfg.out)
 
 
-def open_players(cfg: Config, env: EnvSpec, folder: str) -> Players:
-    """A script, the model in a folder, or the levels that it is one of, as they are evaluated: from a distribution that
-    may be cut, or greedily."""
+def open_players(cfg: Config, env: EnvSpec, folder: str, make: Callable[[Task], Env]) -> Players:
+    """Who plays the environments that `make` makes: a script, or whoever else says no tokens; the model in a folder, or
+    the levels that it is one of, as they are evaluated: from a distribution that may be cut, or greedily."""
     if cfg.player != "model":
-        player = partial(make_player, env, cfg.player)
-        return Players(scripted_loop(env.make, player, name=cfg.player, max_turns=cfg.max_turns), {})
+        player, modules = open_speaker(cfg, env, folder, speech(cfg))
+        return Players(scripted_loop(make, player, name=cfg.player, max_turns=cfg.longest), modules)
     params = replace(speech(cfg), max_tokens=cfg.max_tokens or MAX_TOKENS)
     sampling = SamplingConfig(max_prompt_tokens=cfg.max_prompt_tokens or MAX_PROMPT_TOKENS)
     if cfg.strategist or has_levels(Path(folder).parent):
         return open_levels(cfg, env, folder, sampling, params)
     actor = open_policy(folder, cfg.model, sampling, params, candidates=cfg.candidates)
+    if cfg.controls and (both := with_planner(folder, actor, cfg.model, sampling)):
+        return Players(both.play(make, max_turns=cfg.longest), {"actor": actor.module}, tuple(both.roles()))
     chooser = actor.role.sampler if isinstance(actor.role.sampler, Chooser) else None
 
     def choices() -> dict[int, dict[str, Any]]:
         return {seed: step_record(offer) for seed, offer in (chooser.take() if chooser else {}).items()}
 
-    play = env_loop(env.make, actor.role, max_turns=cfg.max_turns)
+    play = env_loop(make, actor.role, max_turns=cfg.longest)
     return Players(play, {"actor": actor.module}, (actor.role,), choices)
 
 
@@ -307,7 +328,7 @@ def open_levels(cfg: Config, env: EnvSpec, folder: str, sampling: SamplingConfig
 
     roles = (*([who.strategist] if who.strategist else []), who.responder)
     modules = {RESPONDER: who.responder.sampler.module}  # type: ignore[attr-defined]
-    return Players(who.play(env.make, max_turns=cfg.max_turns), modules, roles, choices)
+    return Players(who.play(env.make, max_turns=cfg.longest), modules, roles, choices)
 
 
 def estimates(episodes: Sequence[Episode], *, tokens: bool) -> dict[str, Estimate]:
@@ -345,7 +366,8 @@ def compared(column: str, episodes: Iterable[Episode]) -> dict[str, Score]:
 
 def table(cfg: Config, found: Mapping[str, Estimate | Score], split: str, *, failed: int, of: int) -> Table:
     """Means and intervals, for a person."""
-    who = cfg.model.path if cfg.player == "model" else f"{cfg.player} player"
+    named = {"model": cfg.model.path, "mlp": cfg.model.path, "api": cfg.api.get("model")}
+    who = named.get(cfg.player, f"{cfg.player} player")
     lines = Table(
         "",
         "mean",
@@ -378,8 +400,8 @@ def write(
 ) -> None:
     """episodes.jsonl first and summary.json last: a summary is there only when everything is."""
     summary = {
-        "episodes": cfg.episodes or EPISODES,
-        "failed": (cfg.episodes or EPISODES) - found["return"].n,
+        "episodes": cfg.count,
+        "failed": cfg.count - found["return"].n,
         "estimates": {name: asdict(estimate) for name, estimate in found.items()},
         "config": asdict(cfg),
     }

@@ -1,7 +1,8 @@
 """Supervised fine-tuning on conversations: learn to say what the assistant said.
 
 Negative log-likelihood of every assistant message (its end-of-turn token included) given the exact tokens a model would
-have seen before it; or of the whole conversation. Every token that is learned weighs the same within a step.
+have seen before it; or of the whole conversation. Where a row begins its last message, of what completes it. All tokens
+that are learned weigh the same within a step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from echelon.config import SamplingConfig
+from echelon.data.conversations import imitated
 from echelon.data.datasets import Sft, load_rows
 from echelon.data.packing import Batch, group_rows, pack, pack_documents
 from echelon.errors import DataError
@@ -106,7 +108,7 @@ def tokenised(
 
     Raises DataError for one that is too long, if `too_long` says so, and if none is left.
     """
-    documents = [actor.role.renderer.examples(row.messages) for row in rows]
+    documents = [imitated(actor.role.renderer, row) for row in rows]
     if too_long := [document for document in documents if length(document) > cfg.max_tokens]:
         where = ", ".join(cfg.data.path)
         many = f"{len(too_long)} of {len(rows)} {what} are longer than max_tokens = {cfg.max_tokens}"

@@ -5,7 +5,7 @@ Who played does not matter; scripted players, which need no model, play here too
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from echelon.envs._shared import settle
 from echelon.envs.players import Player
 from echelon.seeds import derive_seed
 from echelon.types import Env, Episode, Message, Play, Task, Turn
+
+Talker = Player | Callable[[Sequence[Message]], Awaitable[str]]
+"""Whoever speaks in one episode without tokens: messages in, words out, at once or later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,23 +104,33 @@ def evaluation_record(
 
 
 def scripted_loop(
-    make: Callable[[Task], Env], player: Callable[..., Player], *, name: str, max_turns: int = 1000
+    make: Callable[[Task], Env],
+    player: Callable[..., Talker],
+    *,
+    name: str,
+    max_turns: int = 1000,
 ) -> Play:
-    """`env_loop` for a script: `player(seed=…)` plays the episode with that seed. Its turns have text and no tokens."""
+    """`env_loop` for whoever speaks without tokens, a script or a model behind an endpoint: `player(seed=…)` plays the
+    episode with that seed, and may be async. It is told the dialogue so far; of an environment that says everything
+    anew each time (`afresh`), what it said last."""
 
     async def play(task: Task, episode: Episode) -> None:
         env, say = make(task), player(seed=episode.seed)
-        heard = list(await settle(env.start()))
+        heard, afresh = list(await settle(env.start())), bool(getattr(env, "afresh", False))
         messages = list(heard)
         for index in range(max_turns):
-            said = say(messages)
+            said = await settle(say(messages))
             step = await settle(env.step(said))
             parent = index - 1 if index else None
             turn = Turn(index, name, prompt=[], action=[], logprobs=[], text=said, parent=parent, heard=tuple(heard))
-            turn.reward, heard = step.reward, list(step.messages)
+            turn.afresh, turn.reward, heard = afresh, step.reward, list(step.messages)
             episode.turns.append(turn)
             episode.metrics.update(step.info)
-            messages += [Message(role="assistant", content=said), *step.messages]
+            if afresh:
+                messages.clear()
+            else:
+                messages.append(Message(role="assistant", content=said))
+            messages += step.messages
             if step.terminated or step.truncated:
                 episode.ending = "terminated" if step.terminated else "truncated"
                 break

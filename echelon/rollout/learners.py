@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from echelon.config import DataConfig, LoraConfig, ModelConfig
+from echelon.data.conversations import imitated
 from echelon.data.datasets import load_rows
 from echelon.data.packing import Batch, pack
 from echelon.errors import DataError
@@ -45,6 +46,6 @@ def ptx_batches(ptx: DataConfig, actor: Actor, *, rows: int, seed: int) -> Calla
 
     def batch(number: int) -> Batch:
         chosen = task_batch(listed, number, rows, seed=derive_seed(seed, "ptx"))
-        return pack([example for row in chosen for example in actor.role.renderer.examples(row.messages)])
+        return pack([example for row in chosen for example in imitated(actor.role.renderer, row)])
 
     return batch

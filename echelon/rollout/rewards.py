@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,11 +27,21 @@ from echelon.envs.prompts import prompts_env
 from echelon.envs.registry import import_code
 from echelon.errors import ConfigError, DataError, EchelonError, did_you_mean
 from echelon.models.reward import load_reward_model
+from echelon.models.reward_mlp import is_reward_mlp, load_reward_mlp
+from echelon.rollout.control_rewards import (
+    ActionJudge,
+    Control,
+    RewardMLPJudge,
+    codec_beside,
+    need_codec,
+    recorded_action,
+)
 from echelon.rollout.setup import model_path, open_env, usable_cores
 from echelon.rollout.verifiers import VERIFIERS, Answer, AnswerVerifier, JudgeVerifier, Kind, Verifier, gold_for
 from echelon.sandbox import Exam, Examiner, Grade, Limits, read_exam
 from echelon.sandbox.grading import LIMITS, Reason
 from echelon.text.chat import Renderer
+from echelon.text.codec import Codec
 from echelon.text.endpoint import shared_endpoint
 from echelon.text.parse import program_in
 from echelon.types import Episode, Message, Turn
@@ -39,7 +50,7 @@ RESERVED = ("mean", "std")
 """Names under "reward/" that belong to the sum of all rewards."""
 
 _OWN = "path/to/file.py:function, package.module:function, the folder of a reward model, or a check"
-CHECKS = ("code", *VERIFIERS)
+CHECKS = ("code", *VERIFIERS, *get_args(Control))
 """Rewards that are built in."""
 
 MOST_CHILDREN = 4
@@ -132,7 +143,7 @@ class Rewards:
             metrics |= {f"reward/{reward.name}": float(known.mean()), f"reward/{reward.name}/std": float(known.std())}
             if verified:
                 metrics[f"reward/{reward.name}/unparsed"] = sum(n is None for n in numbers) / len(numbers)
-            if isinstance(reward.judge, CodeJudge):
+            if isinstance(reward.judge, CodeJudge | ActionJudge | RewardMLPJudge):
                 metrics |= {f"reward/{reward.name}/{reason}": n for reason, n in reward.judge.counts.items()}
         return metrics
 
@@ -163,7 +174,9 @@ def open_tasks(cfg: PlayConfig, renderer: Renderer | None = None) -> EnvSpec:
         check_answers(cfg.reward, [(f"task '{task.id}'", task.data) for task in env.tasks("train")])
         return env
     rows = load_rows(cfg.data, "prompt", seed=cfg.seed)
-    check_answers(cfg.reward, [(row.where, row.columns) for row in (*rows.train, *rows.held_out)])
+    listed = [(row.where, row.columns) for row in (*rows.train, *rows.held_out)]
+    check_answers(cfg.reward, listed)
+    check_actions(cfg.reward, listed, codec_beside(cfg.data.path))
     env = prompts_env(rows.train, rows.held_out, name=", ".join(cfg.data.path))
     if renderer is not None:
         _check_lengths(env, renderer)
@@ -176,10 +189,9 @@ def open_rewards(cfg: PlayConfig, *, device: str = "auto", tokens_per_pass: int 
     Raises ConfigError for a name that means nothing, DataError for code or a folder that cannot be used.
     """
     weights = cfg.reward_weights or (1.0,) * len(cfg.reward)
-    names = _names(cfg.reward)
-    judges = [
-        open_judge(spec, device=device, tokens_per_pass=tokens_per_pass, endpoint=cfg.judge) for spec in cfg.reward
-    ]
+    names, codec = _names(cfg.reward), codec_beside(cfg.data.path)
+    open_one = partial(open_judge, device=device, tokens_per_pass=tokens_per_pass, endpoint=cfg.judge, codec=codec)
+    judges = [open_one(spec) for spec in cfg.reward]
     return Rewards([Reward(*parts) for parts in zip(names, judges, weights, strict=True)])
 
 
@@ -193,20 +205,39 @@ def check_answers(names: Sequence[str], rows: Iterable[tuple[str, Mapping[str, A
             gold_for(name, columns, where)
 
 
+def check_actions(names: Sequence[str], rows: Iterable[tuple[str, Mapping[str, Any]]], codec: Codec | None) -> None:
+    """Raise DataError for the first row whose recorded action a reward of actions could not compare with."""
+    for name in names:
+        if name in get_args(Control) and name != "format":
+            for where, columns in rows:
+                recorded_action(columns, need_codec(name, codec), where, f"reward {name}")
+
+
 def open_judge(
-    spec: str, *, device: str = "auto", tokens_per_pass: int = 4096, endpoint: Mapping[str, Any] | None = None
+    spec: str,
+    *,
+    device: str = "auto",
+    tokens_per_pass: int = 4096,
+    endpoint: Mapping[str, Any] | None = None,
+    codec: Codec | None = None,
 ) -> Judge:
-    """A function, a reward model, or one of `CHECKS`, by how it was named on the command line."""
+    """A function, a reward model, or one of `CHECKS`, by how it was named on the command line. `codec` reads the
+    actions of recorded control."""
     if spec == "code":
         return CodeJudge()
     if spec == "judge":
         return JudgeVerifier(shared_endpoint(endpoint or {}))
     if spec in get_args(Kind):
         return AnswerVerifier(spec, workers=min(usable_cores(), MOST_CHILDREN))  # type: ignore[arg-type]
+    if spec in get_args(Control):
+        return ActionJudge(spec, need_codec(spec, codec))  # type: ignore[arg-type]
     where, colon, function = spec.rpartition(":")
     if not colon and spec.endswith(".py"):
         raise ConfigError(f"reward {spec}: which function of the file? Give {spec}:function.")
     if not colon or Path(spec).is_dir():
+        folder = Path(model_path(spec, "reward"))
+        if is_reward_mlp(folder):
+            return RewardMLPJudge(spec, load_reward_mlp(folder), codec)
         return ModelJudge(spec, device=device, tokens_per_pass=tokens_per_pass)
     if not where or not function:
         raise ConfigError(f"reward {spec}: expected {_OWN}.")
@@ -300,7 +331,7 @@ class ModelJudge:
 
     async def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
         """The model's score of each answer."""
-        conversations = [[*a.prompt, Message(role="assistant", content=a.completion)] for a in answers]
+        conversations = [_answered(answer) for answer in answers]
         scores = self.model.score(conversations, tokens_per_pass=self._tokens_per_pass).tolist()
         for answer, score in zip(answers, scores, strict=True):
             if not math.isfinite(score):
@@ -377,9 +408,18 @@ def answer_in(episode: Episode, turn: Turn) -> Answer:
     taken = ("messages", "prompts", "completions")
     columns = {key: value for key, value in episode.data.items() if key not in taken}
     prompt, said = episode.conversation(turn), turn.text
-    if prompt and prompt[-1]["role"] == "assistant":  # the last utterance of a message that began earlier
+    given = bool(turn.heard) and turn.heard[-1]["role"] == "assistant"  # the beginning of the message is the prompt's
+    if prompt and prompt[-1]["role"] == "assistant" and not given:  # the last utterance of a message that began earlier
         said = prompt.pop()["content"] + said
     return Answer(episode.task, prompt, said, columns)
+
+
+def _answered(answer: Answer) -> list[Message]:
+    """The conversation with the answer, which may go on with a message that the prompt begins."""
+    prompt, said = list(answer.prompt), answer.completion
+    if prompt and prompt[-1]["role"] == "assistant":
+        said = prompt.pop()["content"] + said
+    return [*prompt, Message(role="assistant", content=said)]
 
 
 def _check_lengths(env: EnvSpec, renderer: Renderer) -> None:

@@ -81,6 +81,7 @@ class Renderer:
     def render(self, messages: Sequence[Message]) -> list[int]:
         """A whole conversation, ending with the cue for the next assistant message.
 
+        Where the last message is the assistant's it is not closed: the prompt ends with its words, to be continued.
         Assistant messages inside it get exactly the ids they would have had if a model had said them, so rendering
         more messages never changes the ids of earlier ones.
         """
@@ -88,26 +89,31 @@ class Renderer:
 
     def segments(self, messages: Sequence[Message]) -> list[list[int]]:
         """The parts of a prompt, as `join` takes them: first the instruction, then one part per exchange, which is an
-        assistant message and what was answered to it. The last part ends with the cue for the next one."""
-        if not messages or messages[-1]["role"] == "assistant":
-            raise DataError("nothing to answer: a prompt needs messages, and the last one must not be the assistant's.")
+        assistant message and what was answered to it. The last part ends with the cue for the next one, and with the
+        words of an assistant message that comes last."""
+        messages, begun = _begun(messages)
+        if not messages:
+            raise DataError("nothing to answer: a prompt needs messages, the first of them not the assistant's.")
         head, exchanges = _split(messages)
         parts = [self._encode(self._template(head, cue=True))]
         for said, heard in exchanges:
             parts.append(self.extend(self.action_ids(said["content"]), heard))
+        parts[-1] += self._encode(begun)
         return parts
 
     def extend(self, ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
         """Continue exact ids, prompt and sampled action, with what was answered and the cue for the next message.
 
         Works whether or not the action ends with its stop token. The result starts with `ids`, unchanged; it is `ids`
-        where nothing was answered, and the message just goes on.
+        where nothing was answered, and the message just goes on. Where the last message is the assistant's, its words
+        follow the cue, to be continued.
         """
+        messages, begun = _begun(messages)
         if not messages:
-            return list(ids)
+            return [*ids, *self._encode(begun)]
         follow = self._follow(messages)
         ended = bool(ids) and ids[-1] == follow[0] and ids[-1] in self.stop_ids
-        return [*ids, *(follow[1:] if ended else follow)]
+        return [*ids, *(follow[1:] if ended else follow), *self._encode(begun)]
 
     def action_ids(self, text: str) -> list[int]:
         """The ids of an assistant message as a model would say it, stop token included."""
@@ -218,6 +224,13 @@ class Renderer:
                 f"the chat template of '{_name(self.tokenizer)}' refuses the roles [{roles}]: {error}. "
                 "Many templates take no system message or need user and assistant to alternate."
             ) from error
+
+
+def _begun(messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
+    """The messages before an assistant message that comes last, and its words: the beginning of what is sampled."""
+    if messages and messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1]["content"]
+    return messages, ""
 
 
 def _split(

@@ -94,9 +94,9 @@ class Endpoint:
                 raise ConfigError(f"endpoint: {name} = {getattr(self, name)}: it must be at least {least}.")
         need("httpx2", "endpoint")
 
-    async def __call__(self, messages: Sequence[Message]) -> str:
-        """The answer to a conversation."""
-        name, body = self._request(messages)
+    async def __call__(self, messages: Sequence[Message], **more: Any) -> str:
+        """The answer to a conversation; `more` are fields of this request alone."""
+        name, body = self._request(messages, more)
         self.counts["asked"] += 1
         if (known := self._answers.get(name)) is not None:
             self.counts["cached"] += 1
@@ -108,9 +108,9 @@ class Endpoint:
 
     def forget(self, messages: Sequence[Message]) -> None:
         """Ask for this answer anew the next time."""
-        self._answers.drop(self._request(messages)[0])
+        self._answers.drop(self._request(messages, {})[0])
 
-    def _request(self, messages: Sequence[Message]) -> tuple[str, dict[str, Any]]:
+    def _request(self, messages: Sequence[Message], more: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """The name of a request in the cache, and its body."""
         body = {
             "model": self.model,
@@ -118,6 +118,7 @@ class Endpoint:
             **({"temperature": self.temperature} if self.temperature >= 0 else {}),
             **({"max_tokens": self.max_tokens} if self.max_tokens else {}),
             **self.body,
+            **more,
         }
         text = json.dumps([self.url, body], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest(), body

@@ -86,7 +86,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_recipes_are_modules_with_a_config_and_a_main(package: str) -> None:
     assert cli.recipes(package) == {
         "break": "Breaks in the way it is told.",
-        "count_up": "Counts to a number. The first line is the summary.",
+        "count-up": "Counts to a number. The first line is the summary.",
     }
 
 
@@ -95,7 +95,7 @@ def test_help_lists_recipes_and_commands(words: list[str], package: str, capsys:
     assert cli.main(words, package=package) == 0
     out, err = capsys.readouterr()
     assert out.startswith("usage: echelon <recipe> [file.yaml ...] [--key value ...]\n")
-    assert "  count_up  Counts to a number. The first line is the summary.\n" in out
+    assert "  count-up  Counts to a number. The first line is the summary.\n" in out
     assert "echelon doctor" in out
     assert err == ""
 
@@ -103,7 +103,7 @@ def test_help_lists_recipes_and_commands(words: list[str], package: str, capsys:
 def test_list_is_one_line_per_recipe(package: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list"], package=package) == 0
     assert capsys.readouterr().out == (
-        "  break     Breaks in the way it is told.\n  count_up  Counts to a number. The first line is the summary.\n"
+        "  break     Breaks in the way it is told.\n  count-up  Counts to a number. The first line is the summary.\n"
     )
 
 
@@ -125,7 +125,7 @@ def test_a_recipe_runs_with_files_and_flags(package: str, tmp_path: Path, capsys
 def test_help_of_a_recipe_shows_every_setting(package: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["count_up", "--to", "5", "--help"], package=package) == 0
     out = capsys.readouterr().out
-    assert "usage: echelon count_up [file.yaml ...]" in out
+    assert "usage: echelon count-up [file.yaml ...]" in out
     assert "Counts to a number." in out
     for words in ("--to INT", "Where counting ends. (default: 3)", "--optim.lr FLOAT", "Run directory", "(required)"):
         assert words in out
@@ -134,10 +134,10 @@ def test_help_of_a_recipe_shows_every_setting(package: str, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["cuont_up"], "unknown recipe 'cuont_up'. Did you mean 'count_up'? There are: break, count_up."),
-        (["sixty"], "unknown recipe 'sixty'. There are: break, count_up."),
-        (["doctr"], "unknown recipe 'doctr'. Did you mean 'doctor'? There are: break, count_up."),
-        (["tables"], "unknown recipe 'tables'. There are: break, count_up."),
+        (["cuont_up"], "unknown recipe 'cuont-up'. Did you mean 'count-up'? There are: break, count-up."),
+        (["sixty"], "unknown recipe 'sixty'. There are: break, count-up."),
+        (["doctr"], "unknown recipe 'doctr'. Did you mean 'doctor'? There are: break, count-up."),
+        (["tables"], "unknown recipe 'tables'. There are: break, count-up."),
         (["--to", "3"], "unknown flag '--to'. The recipe comes first: echelon <recipe> --to 3"),
         (["count_up", "no.yaml"], "no.yaml: no such file."),
         (["count_up"], "out is missing: nothing sets it. Put it in a settings file, or give --out."),

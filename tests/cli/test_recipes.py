@@ -23,7 +23,7 @@ NAMES = [str(file.relative_to(ROOT / "configs")) for file in FILES]
 
 
 def config_of(recipe: str) -> Any:
-    return importlib.import_module(f"echelon.recipes.{recipe}").Config
+    return importlib.import_module(f"echelon.recipes.{recipe.replace('-', '_')}").Config
 
 
 def explained(config: type) -> set[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from echelon.data.schemas import Preference, Prompt, Row, Schema, Sft, find_layout, read_row
+from echelon.data.schemas import Preference, Prompt, Row, Schema, Sft, find_layout, identity, kinship, read_row
 from echelon.errors import DataError
 from echelon.types import Message
 
@@ -319,3 +319,28 @@ def test_a_broken_row_is_named_with_its_place(schema: Schema, cells: Cells, mess
 def test_a_row_without_a_column_that_the_first_row_has_is_named() -> None:
     with pytest.raises(DataError, match=r"^f:8: 'response' is missing, and the first row has it\."):
         read_row({"prompt": "Hello"}, ("prompt", "response"), "sft", "f:8")
+
+
+OPENED = [user("Which way?"), said("<go>")]
+
+
+def test_a_completion_goes_on_with_the_last_message_or_is_one_of_its_own() -> None:
+    layout = find_layout(["completion", "messages", "reward"], "sft", "f:1")
+    opened = read_row({"messages": OPENED, "completion": "left</go>", "reward": 1}, layout, "sft", "f:1")
+    assert opened == Sft(OPENED, "left</go>")
+    assert (identity(opened), kinship(opened)) == ([OPENED, "left</go>"], [OPENED])
+    own = read_row({"messages": OPENED[:1], "completion": "left"}, layout, "sft", "f:1")
+    assert own == Sft([OPENED[0], said("left")])
+
+
+def test_a_prompt_keeps_the_beginning_of_its_answer_where_a_completion_says_that_it_is_one() -> None:
+    cells = {"messages": OPENED, "completion": "left</go>"}
+    row = read_row(cells, find_layout(cells, "prompt", "f:1"), "prompt", "f:1")
+    assert row == Prompt(OPENED, {"completion": "left</go>"}, "f:1")
+    assert kinship(row) == [OPENED]
+
+
+@pytest.mark.parametrize("completion", [None, "", " ", ["left"]])
+def test_a_completion_is_text(completion: Any) -> None:
+    with pytest.raises(DataError, match=r"^f:1: 'completion' is "):
+        read_row({"messages": OPENED, "completion": completion}, ("messages", "completion"), "sft", "f:1")

@@ -27,6 +27,9 @@ NAMES = [str(file.relative_to(ROOT / "configs")) for file in FILES]
 PLAYS = ["--steps", "1", "--max-turns", "3", "--threads", "1"]
 STAGE = ["--max-steps", "2", "--rows-per-step", "4", "--threads", "1"]
 FEWER = {
+    "control": [*PLAYS, "--tasks-per-step", "2", "--group-size", "2", "--warmup-steps", "0"],
+    "control_data": ["--episodes", "4"],
+    "control_reward": ["--max-steps", "2", "--rows-per-step", "32", "--threads", "1"],
     "archer": [*PLAYS, "--episodes-per-step", "4", "--warmup-steps", "0", "--critic-updates", "1"],
     "dpo": STAGE,
     "feedback": ["--steps", "3", "--tasks-per-step", "2", "--save-every", "0", "--threads", "1"],
@@ -48,6 +51,8 @@ TINY_LEVELS = [
 ]
 ALSO = {
     "archer/paper.yaml": ["--critic-body", "own", "--critic-path", "models/base"],
+    "grpo/control.yaml": ["--sampling.max-prompt-tokens", "2048", "--data.limit", "20"],
+    "sft/control.yaml": ["--max-tokens", "2048", "--data.limit", "20", "--data.eval-limit", "4"],
     "grpo/dapo.yaml": ["--replacements", "0"],
     "ppo/math.yaml": ["--sampling.max-tokens", "8"],
     "ppo/rlhf.yaml": ["--sampling.max-tokens", "8"],
@@ -85,6 +90,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "runs/quickstart/tiny",
         "runs/best_language/sft",
         "runs/text_lock/sft",
+        "runs/cartpole/sft",
+        "runs/pendulum/sft",
         "runs/dialogue/sft",
         "runs/arithmetic/solver",
         "runs/arithmetic/coach",
@@ -99,6 +106,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run("reward", ROOT / "configs/reward/tiny.yaml", "runs/reward")
+        for name in ("cartpole_expert", "cartpole_medium"):
+            words = ["control-data", str(ROOT / f"configs/control_data/{name}.yaml"), "--out", f"data/{name}"]
+            assert cli.main([*words, "--episodes", "4", "--env-settings", "horizon=8"]) == 0
         words = ["sft", str(ROOT / "configs/sft/twenty_questions.yaml"), "--lora.rank", "4", *STAGE]
         assert cli.main([*words, "--out", "runs/twenty_questions/sft_lora"]) == 0
         words = ["evaluate", "--player", "random", "--env", "twenty_questions", "--env-settings", "subset=true"]
@@ -152,11 +162,11 @@ def test_a_settings_file_runs_as_it_stands(file: Path, folder: Path, tmp_path: P
     run(recipe, file, str(out))
     if recipe == "merge":
         assert (out / "model.safetensors").is_file()
-    elif recipe == "evaluate":
+    elif recipe in ("evaluate", "control_data"):
         assert (out / "summary.json").is_file()
     else:
         assert (out / "metrics.jsonl").read_text().count("\n") >= 1
-        part = {"tosca": "responder", "feedback": "solver"}.get(recipe, recipe)
+        part = {"tosca": "responder", "feedback": "solver", "control_reward": "reward"}.get(recipe, recipe)
         assert find_checkpoint(out, part if part in ("reward", "strategist", "responder", "solver") else "actor")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 
+from echelon.data.packing import pack
 from echelon.data.replay import transitions
 from echelon.errors import DataError, RolloutError
 from echelon.models.lm import tiny
@@ -91,6 +93,34 @@ def test_each_turn_continues_the_tokens_of_the_one_before() -> None:
     assert first.prompt == renderer.render([{"role": "system", "content": "Count."}, *user("one")])
     assert second.prompt == renderer.extend(first.prompt + first.action, user("after 1"))
     assert third.prompt == renderer.extend(second.prompt + second.action, user("after 2"))
+
+
+class Stateless(Counting):
+    """Says everything anew each time, and begins the answer."""
+
+    afresh = True
+
+    def start(self) -> list[Message]:
+        return self.said("one")
+
+    def step(self, action: str) -> Step:
+        step = super().step(action)
+        return replace(step, messages=self.said(f"after {action}"))
+
+    def said(self, content: str) -> list[Message]:
+        return [*user(content), {"role": "assistant", "content": "I say"}]
+
+
+def test_where_every_prompt_is_whole_each_turn_begins_a_new_conversation() -> None:
+    renderer = Renderer(tokenizer())
+    episode = played(lambda: Stateless(3, truncated=True), counter(["1", "2", "3"]))
+    prompts = [renderer.render(Stateless(3).said(content)) for content in ("one", "after 1", "after 2", "after 3")]
+    assert [turn.prompt for turn in episode.turns] == prompts[:3]
+    assert episode.final == prompts[3]
+    assert [turn.parent for turn in episode.turns] == [None, 0, 1]
+    assert [t.next_state for t in transitions(episode, "actor", gamma=1.0)] == prompts[1:]
+    assert pack(episode.turns).tokens.shape[0] == 3
+    assert episode.conversation(episode.turns[2]) == Stateless(3).said("after 2")
 
 
 @pytest.mark.parametrize(("settings", "ends_at"), [({}, 3), ({"max_turns": 2}, 2)])

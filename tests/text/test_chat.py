@@ -259,7 +259,7 @@ def test_roles_a_template_refuses_are_named(messages: list[Message], roles: str)
         Renderer(tokenizer("gemma")).render(messages)
 
 
-@pytest.mark.parametrize("messages", [[], [user("x"), assistant("y")]])
+@pytest.mark.parametrize("messages", [[], [assistant("y")]])
 def test_a_prompt_must_leave_something_to_answer(messages: list[Message]) -> None:
     with pytest.raises(DataError, match="nothing to answer"):
         Renderer(tokenizer("tiny")).render(messages)
@@ -271,6 +271,29 @@ def test_a_prompt_must_leave_something_to_answer(messages: list[Message]) -> Non
 def test_a_conversation_must_begin_with_an_instruction_and_alternate(messages: list[Message]) -> None:
     with pytest.raises(DataError, match="cannot be rendered: it must begin with an instruction"):
         Renderer(tokenizer("tiny")).render(messages)
+
+
+@each_kind
+@few
+@given(asked_and_said, words, words)
+def test_an_answer_that_is_begun_is_continued_and_not_closed(
+    kind: str, exchanges: list[tuple[str, str]], last: str, begun: str
+) -> None:
+    made = tokenizer(kind)
+    renderer, messages = Renderer(made), conversation(exchanges, last)
+    begun_ids = made.encode(begun, add_special_tokens=False)
+    ids = renderer.render([*messages, assistant(begun)])
+    assert ids == renderer.render(messages) + begun_ids
+    assert renderer.extend(ids, [user(last), assistant(begun)]) == renderer.extend(ids, [user(last)]) + begun_ids
+    assert renderer.extend(ids, [assistant(begun)]) == ids + begun_ids
+
+
+def test_what_was_begun_reads_as_if_it_had_been_said() -> None:
+    made = tokenizer("chatml")
+    ids = Renderer(made).render([user("<observation>1</observation>"), assistant("<action>")])
+    assert written(made, ids) == (
+        "<|im_start|>user\n<observation>1</observation><|im_end|>\n<|im_start|>assistant\n<action>"
+    )
 
 
 parts = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=9), min_size=1, max_size=8)

@@ -92,8 +92,8 @@ def serve(monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     running = []
 
-    def start(*faults, **settings):
-        server = Server(*faults, **settings)
+    def start(*faults, kind=Server, **settings):
+        server = kind(*faults, **settings)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         running.append(server)
         return server
