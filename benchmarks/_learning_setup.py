@@ -66,11 +66,11 @@ TASKS = {
         "Text lock, 12 doors", "text_lock", {"doors": 12}, 4, 2048, 256, 512, guess=False, gamma=0.0, policy_rates=FAST
     ),
     "text_lock_24": Task(
-        "Text lock, 24 doors", "text_lock", {"doors": 24}, 4, 1536, 192, 256, guess=False, gamma=0.0, policy_rates=FAST
+        "Text lock, 24 doors", "text_lock", {"doors": 24}, 4, 1024, 160, 256, guess=False, gamma=0.0, policy_rates=FAST
     ),
     "twenty_questions": Task("Twenty Questions, ten things", "twenty_questions", {"subset": True}, 12, 1536, 384, 384),
-    "twenty_questions_all": Task("Twenty Questions, 157 things", "twenty_questions", {}, 12, 1536, 384, 384),
-    "guess_my_city": Task("Guess My City, ten cities", "guess_my_city", {"subset": True}, 16, 1536, 384, 384, 768),
+    "twenty_questions_all": Task("Twenty Questions, 157 things", "twenty_questions", {}, 12, 1024, 256, 256),
+    "guess_my_city": Task("Guess My City, ten cities", "guess_my_city", {"subset": True}, 16, 1024, 256, 256, 768),
 }
 SWEEP_SEED = 100
 """The seed of sweeps, which is not reported."""
