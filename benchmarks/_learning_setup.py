@@ -21,10 +21,6 @@ from echelon.train.learner import save_module
 Settings = dict[str, Any]
 
 
-FAST = (3e-4, 1e-3, 3e-3)
-"""Learning rates of policies for games of a few short words."""
-
-
 @dataclass(frozen=True)
 class Task:
     """A game, and how much of it is played."""
@@ -50,6 +46,8 @@ class Task:
     """Discount per turn of all methods that discount turns."""
     hidden: int = 64
     """Width of the tiny model."""
+    critic_episodes: int = 0
+    """Replayed episodes in an update of a critic; 0 leaves it to the method."""
     policy_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     """Learning rates that are tried of methods whose policy learns; as many as of the others."""
     critic_rates: tuple[float, ...] = (1e-3, 2e-3, 3e-3)
@@ -61,16 +59,18 @@ class Task:
         return load_env(self.env, self.env_settings)
 
 
+LOCK: Settings = {"guess": False, "gamma": 0.0, "policy_rates": (3e-4, 1e-3, 3e-3)}
+"""What all locks have in common."""
 TASKS = {
     "text_lock_12": Task(
-        "Text lock, 12 doors", "text_lock", {"doors": 12}, 4, 2048, 256, 512, guess=False, gamma=0.0, policy_rates=FAST
+        "Text lock, 12 doors", "text_lock", {"doors": 12}, 4, 2048, 256, 512, **LOCK, critic_episodes=8
     ),
     "text_lock_24": Task(
-        "Text lock, 24 doors", "text_lock", {"doors": 24}, 4, 1536, 192, 256, guess=False, gamma=0.0, policy_rates=FAST
+        "Text lock, 24 doors", "text_lock", {"doors": 24}, 4, 1024, 160, 256, **LOCK, critic_episodes=4
     ),
     "twenty_questions": Task("Twenty Questions, ten things", "twenty_questions", {"subset": True}, 12, 1536, 384, 384),
-    "twenty_questions_all": Task("Twenty Questions, 157 things", "twenty_questions", {}, 12, 1536, 384, 384),
-    "guess_my_city": Task("Guess My City, ten cities", "guess_my_city", {"subset": True}, 16, 1536, 384, 384, 768),
+    "twenty_questions_all": Task("Twenty Questions, 157 things", "twenty_questions", {}, 12, 1024, 256, 256),
+    "guess_my_city": Task("Guess My City, ten cities", "guess_my_city", {"subset": True}, 16, 1024, 256, 256, 768),
 }
 SWEEP_SEED = 100
 """The seed of sweeps, which is not reported."""
@@ -157,7 +157,6 @@ METHODS = {
                 "critic_path": "",
                 "episodes_per_step": 8,
                 "critic_updates": 60,
-                "critic_episodes": 8,
                 "critic_optim": {"weight_decay": 0.3},
                 "warmup_steps": 1,
                 "candidates": 32,
@@ -186,7 +185,6 @@ METHODS = {
             "text_lock": {
                 "critic_path": "",
                 "critic_updates": 60,
-                "critic_episodes": 8,
                 "critic_optim": {"lr": 2e-3, "weight_decay": 0.3},
                 "actor_updates": 8,
                 "policy": {"loss": "awr", "awr_beta": 50},  # a door pays a twelfth
@@ -201,12 +199,14 @@ METHODS = {
         "rank",
         {
             "ranker_path": "tiny",
-            "episodes_per_step": 32,
-            "candidates": 8,
-            "ranker_updates": 8,
+            "episodes_per_step": 16,
+            "candidates": 16,
+            "epsilon": 0.3,
+            "ranker_updates": 16,
+            "ranker_batch": 32,
+            "ranker_optim": {"weight_decay": 0.1},
             "target_every": 50,
-            "warmup_steps": 8,
-            "policy": {"epochs": 2, "kl_coef": 0.02},
+            "generator": "frozen",
         },
         "ranker_optim.lr",
         by_env={
@@ -214,11 +214,9 @@ METHODS = {
                 "ranker_path": "",
                 "episodes_per_step": 8,
                 "candidates": 32,
-                "epsilon": 0.3,
                 "ranker_updates": 20,
                 "ranker_batch": 96,
                 "ranker_optim": {"weight_decay": 0.3},
-                "generator": "frozen",
             },
         },
         flat=False,
@@ -338,6 +336,8 @@ def run_settings(
     settings["steps"] = between * size.checkpoints
     if method.discounts:
         settings["gamma"] = task.gamma
+    if task.critic_episodes and settings.get("critic_updates"):
+        settings["critic_episodes"] = task.critic_episodes
     for name in ("critic_path", "ranker_path"):
         if settings.get(name) == "tiny":  # before its warm start, or else the actor itself
             settings[name] = str(start / "tiny")
