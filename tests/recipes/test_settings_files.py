@@ -29,6 +29,10 @@ STAGE = ["--max-steps", "2", "--rows-per-step", "4", "--threads", "1"]
 FEWER = {
     "control": [*PLAYS, "--tasks-per-step", "2", "--group-size", "2", "--warmup-steps", "0"],
     "control_data": ["--episodes", "4"],
+    "control_mlp": [
+        *("--steps", "2", "--envs", "2", "--rollout", "16", "--groups", "1", "--group-size", "2"),
+        *("--horizon", "16", "--eval-episodes", "2", "--threads", "1"),
+    ],
     "control_reward": ["--max-steps", "2", "--rows-per-step", "32", "--threads", "1"],
     "archer": [*PLAYS, "--episodes-per-step", "4", "--warmup-steps", "0", "--critic-updates", "1"],
     "dpo": STAGE,
