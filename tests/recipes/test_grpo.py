@@ -500,8 +500,8 @@ def test_a_killed_run_on_prompts_equals_an_uninterrupted_one(
         assert len(whole.rows("episodes")) == sum(min(8, 3 * count) for count in drawn)
 
 
-TURNS = ("twenty_questions", "gigpo")
-"""Settings files that need an environment with several turns."""
+TURNS = ("twenty_questions", "gigpo", "control")
+"""Settings files that need an environment with several turns, or rows of one."""
 METHODS = sorted(file for file in (ROOT / "configs" / "grpo").glob("*.yaml") if file.stem not in TURNS)
 
 

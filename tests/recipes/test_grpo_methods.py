@@ -20,7 +20,9 @@ from echelon.train import policy
 from echelon.types import Episode, Turn
 
 ROOT = Path(__file__).parents[2]
-FILES = {file.stem: file for file in (ROOT / "configs" / "grpo").glob("*.yaml") if file.stem != "twenty_questions"}
+TASKS = ("control", "twenty_questions")
+"""Files that are about a task, not about a method."""
+FILES = {file.stem: file for file in (ROOT / "configs" / "grpo").glob("*.yaml") if file.stem not in TASKS}
 
 PAGE = ROOT / "docs" / "algorithms" / "grpo.md"
 
