@@ -186,7 +186,7 @@ class Endpoint:
 
 
 class _Again(Exception):
-    """What failed for now, and in how many seconds the server wants the next try."""
+    """What failed this time, and in how many seconds the server wants the next try."""
 
     def __init__(self, why: str, wait: float | None = None) -> None:
         super().__init__(why)
