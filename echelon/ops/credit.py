@@ -5,6 +5,7 @@ Two ways to get a baseline: a critic's values (the functions with `gae` in their
 docs/credit.md compares them.
 """
 
+import itertools
 from collections.abc import Hashable, Sequence
 from typing import Literal
 
@@ -76,19 +77,42 @@ def turn_gae(
     *,
     gamma: float,
     lam: float,
+    steps_N: Int[Tensor, "N"] | None = None,
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
     """GAE in which one step is one turn, over many episodes at once: (advantages, returns).
 
     The turns of an episode stand next to each other, in order, under the same number in `episode_N`. `bootstrap_N` is
     read at the last turn of each episode only: the value of the final state if it was truncated, 0 if it terminated.
+
+    Turns may last: `steps_N` says how many steps each took (1 unless told, 0 for one that time did not count), and γ
+    is per step while λ stays per turn, δ_k = r_k + γ^n_k V_{k+1} − V_k and A_k = δ_k + γ^n_k λ A_{k+1}: a semi-Markov
+    decision process (Sutton, Precup and Singh, Artificial Intelligence 112, 1999), r_k being what `span_rewards` says.
     """
+    discount_N = torch.full_like(values_N, gamma) if steps_N is None else torch.full_like(values_N, gamma) ** steps_N
     row_N, column_N = _layout(episode_N)
     last_N = torch.ones_like(episode_N, dtype=torch.bool)
     last_N[:-1] = episode_N[1:] != episode_N[:-1]
     next_values_N = torch.where(last_N, bootstrap_N, torch.cat([values_N[1:], values_N.new_zeros(values_N[:1].shape)]))
-    deltas_N = rewards_N + gamma * next_values_N - values_N
-    advantages_N = _suffix_sums(_table(deltas_N, row_N, column_N), gamma * lam)[row_N, column_N]
+    deltas_N = rewards_N + discount_N * next_values_N - values_N
+    decays = _table(discount_N * lam, row_N, column_N)
+    advantages_N = _suffix_sums(_table(deltas_N, row_N, column_N), decays)[row_N, column_N]
     return advantages_N, advantages_N + values_N
+
+
+def span_rewards(
+    rewards_N: Float[Tensor, "N"], span_N: Int[Tensor, "N"], steps_N: Int[Tensor, "N"], *, gamma: float
+) -> tuple[Float[Tensor, "S"], Int[Tensor, "S"]]:
+    """What each span of steps earned, discounted to its beginning, Σ_i γ^i r_i, and how many steps it took.
+
+    The parts of a span stand next to each other under the same number in `span_N`, which counts from 0. `steps_N` says
+    how many steps each part took: 1, or 0 for one that time did not count.
+    """
+    spans = int(span_N[-1]) + 1 if len(span_N) else 0
+    lasted_S = steps_N.new_zeros(spans).index_add(0, span_N, steps_N)
+    before_N = steps_N.cumsum(0) - steps_N  # steps of all that came earlier
+    begun_S = lasted_S.cumsum(0) - lasted_S
+    earned_N = rewards_N * torch.full_like(rewards_N, gamma) ** (before_N - begun_S[span_N])
+    return rewards_N.new_zeros(spans).index_add(0, span_N, earned_N), lasted_S
 
 
 def turn_returns(rewards_N: Float[Tensor, "N"], episode_N: Int[Tensor, "N"], *, gamma: float) -> Float[Tensor, "N"]:
@@ -217,11 +241,14 @@ def overlong_penalty(lengths_N: Int[Tensor, "N"], *, longest: int, cache: int) -
     return ((lengths_N - (longest - cache)) / cache).clamp(0, 1)
 
 
-def _suffix_sums(x: Float[Tensor, "*chains T"], decay: float) -> Float[Tensor, "*chains T"]:
-    """sums[t] = x[t] + decay · sums[t+1] along the last dimension."""
+def _suffix_sums(
+    x: Float[Tensor, "*chains T"], decay: float | Float[Tensor, "*chains T"]
+) -> Float[Tensor, "*chains T"]:
+    """sums[t] = x[t] + decay · sums[t+1] along the last dimension; a decay of its own for each t, or one for all."""
     sums: list[Tensor] = []
-    for column in reversed(x.unbind(-1)):
-        sums.append(column + decay * sums[-1] if sums else column)
+    decays = reversed(decay.unbind(-1)) if isinstance(decay, Tensor) else itertools.repeat(decay)
+    for column, kept in zip(reversed(x.unbind(-1)), decays, strict=False):
+        sums.append(column + kept * sums[-1] if sums else column)
     return torch.stack(sums[::-1], -1) if sums else x.clone()
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from echelon.envs._shared import settle
 from echelon.ops import credit
-from echelon.ops.spans import span_gae, span_rewards
 from echelon.rollout.plays import paid_step
 from echelon.rollout.roles import Role
 from echelon.types import Env, Episode, Message, Play, Step, Task, Turn
@@ -190,7 +189,9 @@ def decisions(episodes: Sequence[Episode], seen: Mapping[int, Seen], role: str, 
             if len(turns) > earlier:  # before a controller's first decision there is a plan, which earns nothing
                 parts.append((turn.reward, len(turns) - 1, took))
     rewards, spans, steps = zip(*parts, strict=True)
-    rewards_S, steps_S = span_rewards(torch.tensor(rewards), torch.tensor(spans), torch.tensor(steps), gamma=gamma)
+    rewards_S, steps_S = credit.span_rewards(
+        torch.tensor(rewards), torch.tensor(spans), torch.tensor(steps), gamma=gamma
+    )
     return Decisions(role, turns, rewards_S, steps_S, torch.tensor(owners), torch.from_numpy(np.stack(observations)))
 
 
@@ -198,9 +199,8 @@ def with_critic(
     level: Decisions, values_S: Float[Tensor, "S"], final_E: Float[Tensor, "E"], *, gamma: float, lam: float
 ) -> tuple[Float[Tensor, "S"], Float[Tensor, "S"]]:
     """Advantages over a critic's values, and the returns it is to learn; `final_E` follows each episode's last step."""
-    return span_gae(
-        level.rewards_S, values_S, level.steps_S, level.episode_S, final_E[level.episode_S], gamma=gamma, lam=lam
-    )
+    given = (level.rewards_S, values_S, level.episode_S, final_E[level.episode_S])
+    return credit.turn_gae(*given, gamma=gamma, lam=lam, steps_N=level.steps_S)
 
 
 def with_siblings(
