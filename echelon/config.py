@@ -17,7 +17,7 @@ import math
 import operator
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -153,6 +153,11 @@ class SamplingConfig:
     """A completion ends as soon as its text contains one of these."""
     cache_tokens: int = 0
     """Most tokens whose keys and values the engine keeps; 0 takes what fits a quarter of the memory."""
+    sampler: Literal["local", "vllm"] = "local"
+    """Who draws: the engine that reads the weights as they learn, or vLLM, which is given them after every step. On the
+    command line, `--sampler` says it for all levels."""
+    sleep: bool = False
+    """vLLM gives its memory on the accelerator back while weights learn."""
 
     def __post_init__(self) -> None:
         demand(self, "temperature", 0 < self.temperature < math.inf, "training draws at random. Give 1, or near it.")
@@ -160,6 +165,8 @@ class SamplingConfig:
         demand(self, "max_tokens", self.max_tokens >= 1, "a completion has at least one token. Give 1 or more.")
         demand(self, "max_prompt_tokens", self.max_prompt_tokens >= 1, "nothing could be asked. Give 1 or more.")
         demand(self, "stop", "" not in self.stop, "every text contains the empty text. Leave it out.")
+        because = "the local engine holds no memory of its own to give back. Use sampler = vllm, or leave it out."
+        demand(self, "sleep", not self.sleep or self.sampler == "vllm", because)
 
 
 @dataclass(frozen=True)
@@ -426,13 +433,17 @@ def _from_tree(
             yield name, _checked(value, kind, f"{file}: {name} = {_show(value)}")
 
 
+EVERYWHERE = {"--sampler": "sampling.sampler"}
+"""Flags that say one thing for every level: the setting that each block of that name gets."""
+
+
 class _Word(str):
     """One word of the command line. It has the meaning YAML gives it where that fits, and else stands for itself."""
 
 
 def _from_flags(settings: Mapping[str, Any], flags: Sequence[str]) -> Iterator[tuple[str, object]]:
     """(dotted name, value of its type) for all that flags set."""
-    for flag, words in _grouped(flags):
+    for flag, words in _spread(settings, _grouped(flags)):
         name = flag.removeprefix("--").replace("-", "_")
         positive = re.sub(r"(^|\.)no_", r"\1", name)
         kind, typed = settings.get(name), _show(" ".join([flag, *words]))
@@ -452,6 +463,14 @@ def _from_flags(settings: Mapping[str, Any], flags: Sequence[str]) -> Iterator[t
             yield name, True
         else:
             raise ConfigError(f"{flag}: expected {_expected(kind)} after it.")
+
+
+def _spread(settings: Mapping[str, Any], flags: Iterable[tuple[str, list[_Word]]]) -> Iterator[tuple[str, list[_Word]]]:
+    """The flags, those of `EVERYWHERE` once for each block that has the setting."""
+    for flag, words in flags:
+        ending = EVERYWHERE.get(flag, "")
+        places = [name for name in settings if ending and f".{name}".endswith(f".{ending}")]
+        yield from ((_flag(place), words) for place in places) if places else [(flag, words)]
 
 
 def _entries(name: str, flag: str, words: Sequence[str], kind: Any) -> Iterator[tuple[str, object]]:

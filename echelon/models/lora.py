@@ -240,6 +240,40 @@ def merge(module: nn.Module) -> nn.Module:
     return merged.requires_grad_(True)  # type: ignore[no-any-return]
 
 
+def merged_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the model by the name it has in its files, what the adapter that speaks adds to it included.
+
+    One at a time, and nothing is changed: what an adapter does not touch is the weight itself, not a copy.
+    """
+    adapted: Any = module.model if isinstance(module, AdapterView) else module
+    if not has_adapters(adapted):
+        yield from module.state_dict().items()
+        return
+    voice, base = speaking(module), adapted.get_base_model()
+    for name, tensor in base.state_dict().items():
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        if ".base_layer." in name:
+            yield name.replace(".base_layer.", "."), _with_adapter(base, name, tensor, voice)
+        elif ".original_module." in name:
+            owner, _, leaf = name.partition(".original_module.")
+            trained = base.get_submodule(owner).modules_to_save
+            yield f"{owner}.{leaf}", trained[voice].state_dict()[leaf] if voice in trained else tensor
+        else:
+            yield name, tensor
+
+
+@torch.no_grad()
+def _with_adapter(base: Any, name: str, tensor: Tensor, voice: str) -> Tensor:
+    """One weight below an adapter, plus what that adapter adds."""
+    owner, _, leaf = name.partition(".base_layer.")
+    layer = base.get_submodule(owner)
+    if leaf != "weight" or voice not in layer.scaling:
+        return tensor
+    merged: Tensor = tensor + layer.get_delta_weight(voice).to(tensor.dtype)
+    return merged
+
+
 def fold(module: nn.Module, path: str) -> nn.Module:
     """A model without adapters, for another one on top: one that was loaded from an adapter's folder is merged.
 

@@ -32,6 +32,7 @@ from echelon.data.candidates import CandidateReplay, Choice
 from echelon.data.strategies import TransitionConfig, file_rewards, load_transitions, transitions_to_choices
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError
+from echelon.models import lora as adapters
 from echelon.models.options import Reading
 from echelon.ops import bellman
 from echelon.ops.options import going_on
@@ -274,7 +275,7 @@ class Levels:
     def publish(self) -> None:
         """Give the engine the responder's weights of now. What chooses reads its own as they are."""
         version = 0 if self.lower is None else self.lower.policy.version
-        self.responder.sampler.load(self.responder.module.state_dict().items(), version)
+        self.responder.sampler.load(adapters.merged_weights(self.responder.module), version)
         if self.players.chooser and self.upper:
             self.players.chooser.load((), self.upper.learner.version)
 

@@ -112,7 +112,7 @@ class Level:
     def publish(self) -> None:
         """Give its sampler the weights as they are. Also where it rests: it forgets what it has cached."""
         version = 0 if self.policy is None else self.policy.version
-        self.actor.sampler.load(self.actor.module.state_dict().items(), version)
+        self.actor.sampler.load(adapters.merged_weights(self.actor.module), version)
 
 
 @dataclass(slots=True)

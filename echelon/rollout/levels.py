@@ -23,10 +23,9 @@ from echelon.models.options import FILE, OptionScorer, Reading, read_description
 from echelon.rollout.candidates import run_settings
 from echelon.rollout.dialogue import RESPONDER, STRATEGIST, Dialogists, env_inventory, spelled
 from echelon.rollout.roles import Role
-from echelon.rollout.setup import Actor, model_path, open_actor
+from echelon.rollout.setup import Actor, model_path, open_actor, open_sampler
 from echelon.rollout.told import open_strategist
 from echelon.sampling.choices import Pick, RandomStrategist, Strategist, option_score
-from echelon.sampling.local import LocalSampler
 from echelon.text.chat import Renderer
 from echelon.text.dialogue import INVENTORIES, Inventory
 from echelon.train.learner import load_module, save_module
@@ -152,7 +151,7 @@ def _loading(model: ModelConfig) -> dict[str, Any]:
 def _actor(view: AdapterView, path: str, name: str, sampling: SamplingConfig) -> Actor:
     tokenizer = load_tokenizer(path)
     renderer = Renderer(tokenizer, max_tokens=sampling.max_prompt_tokens)
-    sampler = LocalSampler(view, tokenizer, cache_tokens=sampling.cache_tokens or None)
+    sampler = open_sampler(view, tokenizer, sampling)
     params = SamplingParams(max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop)
     return Actor(view, tokenizer, sampler, Role(name, sampler, renderer, params))
 

@@ -21,10 +21,11 @@ from echelon.models import lora as adapters
 from echelon.models.lm import check_vocabulary, count_parameters, load_lm, load_tokenizer
 from echelon.rollout.roles import Role
 from echelon.sampling.local import LocalSampler
+from echelon.sampling.vllm import VllmSampler
 from echelon.seeds import derive_seed
 from echelon.text.chat import Renderer, set_up_template
 from echelon.train.checkpoint import Label, find_checkpoint
-from echelon.types import SamplingParams
+from echelon.types import Sampler, SamplingParams
 
 Item = TypeVar("Item")
 
@@ -35,7 +36,7 @@ class Actor:
 
     module: nn.Module
     tokenizer: Any
-    sampler: LocalSampler
+    sampler: Sampler
     role: Role
 
 
@@ -81,11 +82,20 @@ def open_actor(
     check_vocabulary(path, module, tokenizer)
     if lora.rank:
         module = adapters.attach(adapters.fold(module, path), lora)
-    sampler = LocalSampler(module, tokenizer, cache_tokens=sampling.cache_tokens or None)
     params = params or SamplingParams(
         max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop
     )
+    sampler = open_sampler(module, tokenizer, sampling, max_tokens=params.max_tokens)
     return Actor(module, tokenizer, sampler, Role(name, sampler, renderer, params))
+
+
+def open_sampler(module: nn.Module, tokenizer: Any, sampling: SamplingConfig, *, max_tokens: int = 0) -> Sampler:
+    """The engine that the settings name. Answers have up to `sampling.max_tokens` tokens, or `max_tokens` if more."""
+    kept = sampling.cache_tokens or None
+    if sampling.sampler == "local":
+        return LocalSampler(module, tokenizer, cache_tokens=kept)
+    longest = sampling.max_prompt_tokens + max(sampling.max_tokens, max_tokens)
+    return VllmSampler(module, tokenizer, longest=longest, cache_tokens=kept, sleep=sampling.sleep)
 
 
 def model_path(path: str, role: str = "actor", label: Label = "auto") -> str:

@@ -22,6 +22,7 @@ from echelon.models import lora
 from echelon.models.lm import evaluating
 from echelon.ops.sampling import counter_uniform, draw, penalise_repetition, restrict_logits
 from echelon.sampling.cache import BLOCK, Cache, Resident, default_budget
+from echelon.sampling.ends import Ending
 from echelon.sampling.plain import OneByOne, Unshared
 from echelon.sampling.ragged import Piece, Ragged, reads_like_the_model
 from echelon.types import Completion, SamplingParams, StopReason
@@ -35,29 +36,10 @@ class _Request:
     prompt: list[int]
     params: SamplingParams
     done: asyncio.Future[Completion]
-    stop_ids: frozenset[int]
-    text: _Text | None
+    ending: Ending
     resident: Resident | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-
-
-class _Text:
-    """Text of tokens as they arrive, decoding only the newest ones: for stop strings and predicates."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.text = ""
-        self.context, self.read = 0, 0
-
-    def add(self, tokens: Sequence[int]) -> str:
-        """The whole text so far; `tokens` are all tokens so far."""
-        before = self.tokenizer.decode(tokens[self.context : self.read], skip_special_tokens=True)
-        after = self.tokenizer.decode(tokens[self.context :], skip_special_tokens=True)
-        if not after.endswith("\ufffd"):  # an incomplete character waits for its remaining bytes
-            self.text += after[len(before) :]
-            self.context, self.read = self.read, len(tokens)
-        return self.text
 
 
 class LocalSampler:
@@ -95,9 +77,8 @@ class LocalSampler:
     async def sample(self, prompt: list[int], params: SamplingParams) -> Completion:
         """One completion. `params.seed` alone decides what is drawn, given the prompt and the weights."""
         assert prompt, "a prompt needs at least one token"
-        text = _Text(self.tokenizer) if params.stop or params.stop_when else None
         done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Request(list(prompt), params, done, frozenset(params.stop_ids), text))
+        self._waiting.append(_Request(list(prompt), params, done, Ending(params, self.tokenizer)))
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._run())
         return await done
@@ -236,7 +217,7 @@ class LocalSampler:
             request.tokens.append(token)
             request.logprobs.append(logprob)
             try:
-                reason = self._stops(request, token)
+                reason = request.ending.reason(request.tokens)
             except Exception as error:  # the caller's own predicate: its request fails, the others go on
                 request.done.set_exception(error)
                 reason = "abort"
@@ -246,22 +227,10 @@ class LocalSampler:
         if left:
             self._running = [request for request in self._running if request not in left]
 
-    def _stops(self, request: _Request, token: int) -> StopReason | None:
-        params = request.params
-        if token in request.stop_ids:
-            return "stop"
-        if request.text is not None:
-            text = request.text.add(request.tokens)
-            if any(stop in text for stop in params.stop) or (params.stop_when is not None and params.stop_when(text)):
-                return "stop"
-        return "length" if len(request.tokens) >= params.max_tokens else None
-
     def _answer(self, request: _Request, reason: StopReason) -> None:
         assert request.resident is not None
         self._cache.note(request.resident, request.prompt + request.tokens[:-1])  # the last one was never read
         self._cache.rest(request.resident)
         if not request.done.done():
-            ended = reason == "stop" and request.tokens[-1] in request.stop_ids
-            said = request.tokens[:-1] if ended else request.tokens
-            text = str(self.tokenizer.decode(said, skip_special_tokens=True))
-            request.done.set_result(Completion(request.tokens, request.logprobs, text, reason, self.version))
+            said = request.ending.completion(request.tokens, request.logprobs, reason, self.version)
+            request.done.set_result(said)

@@ -126,8 +126,9 @@ class Learner:
         return out
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors, one at a time, for a sampler."""
-        yield from self.module.state_dict().items()
+        """Full tensors, one at a time, for a sampler; those below an adapter with what it adds."""
+        with self._speaking():
+            yield from lora.merged_weights(self.module)
 
     def save(self, folder: Path) -> None:
         """Weights (a Hugging Face folder if the module is one, peft's if it has adapters), optimizer and counters."""
