@@ -18,7 +18,7 @@ import yaml
 from echelon import config
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-OTHERS = ("curves.py", "feedback.py", "learning.py", "tosca.py")
+OTHERS = ("curves.py", "feedback.py", "learning.py", "tosca.py", "weight_reload.py")
 """Scripts that time nobody beside peers."""
 SCRIPTS = {path.name: path for path in sorted(FOLDER.glob("[!_]*.py")) if path.name not in OTHERS}
 EXTRA = {"vllm", "vllm-turns", "trl"}
@@ -133,6 +133,23 @@ def test_a_peer_that_is_not_installed_is_named_with_the_way_out(peer: str) -> No
     assert done.stderr.startswith(f"{peer} is not installed. Run: pip install -e '.[bench]'")
     assert "--peers" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
+def test_a_reload_without_vllm_says_how_to_install_it() -> None:
+    done = run(FOLDER / "weight_reload.py")
+    assert (done.returncode, done.stderr) == (2, "vllm is not installed. Run: pip install 'echelon[vllm]'\n")
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_a_reload_is_timed_and_its_log_probs_are_the_trainers() -> None:
+    done = run(FOLDER / "weight_reload.py")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert row["size"] == "tiny"
+    assert row["seconds"] > 0
+    assert row["mismatch"] <= 1e-4
 
 
 def test_an_unknown_peer_or_size_is_refused_in_one_line() -> None:

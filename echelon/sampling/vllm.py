@@ -182,10 +182,10 @@ class VllmSampler:
         else:
             assert not finished, "vLLM ends a completion where we would"
             return
+        self._check_version(request)
         del self._running[name]
         if not finished:
             self._engine.abort_request([name])
-        self._check_version(request)
         if not request.done.done():
             said = request.ending.completion(request.tokens, request.logprobs, reason, request.version)
             request.done.set_result(said)
@@ -217,7 +217,8 @@ class VllmSampler:
             await asyncio.Event().wait()
         finally:
             self._abort(list(self._running))
-            self._engine.sleep(level=1)
+            if self._engine is not None:
+                self._engine.sleep(level=1)
 
     def _replace(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         with torch.no_grad(), _same_draws():
@@ -301,7 +302,8 @@ def _engine(folder: str, sampler: VllmSampler) -> Any:
     """vLLM in this process, without weights yet, for the model whose settings lie in the folder."""
     arguments = need("vllm.engine.arg_utils", "vllm").EngineArgs
     engine = need("vllm.v1.engine.llm_engine", "vllm").LLMEngine
-    weight, settings = next(sampler.module.parameters()), _settings(sampler.module).get_text_config()
+    whole, weight = _settings(sampler.module), next(sampler.module.parameters())
+    settings = whole.get_text_config()
     per_token = settings.num_hidden_layers * bytes_per_key(settings, weight.element_size())
     return engine.from_engine_args(
         arguments(
@@ -309,7 +311,7 @@ def _engine(folder: str, sampler: VllmSampler) -> Any:
             skip_tokenizer_init=True,
             load_format="dummy",
             generation_config="vllm",
-            trust_remote_code=True,  # its code, if it has any, runs already
+            trust_remote_code=type(whole).__module__.startswith("transformers_modules"),  # then its code runs already
             dtype=str(weight.dtype).removeprefix("torch."),
             enforce_eager=weight.device.type == "cpu",
             distributed_executor_backend="uni",

@@ -525,6 +525,15 @@ def test_a_tracker_that_is_not_installed_is_found_before_anything_is_written(
     assert not (place / "r").exists()
 
 
+def test_vllm_that_is_not_installed_is_found_before_anything_is_written(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    line = "grpo --model.path good --env guess_number --out r --threads 1 --sampler vllm"
+    assert place.run(line) == (2, "vllm is not installed. Run: pip install 'echelon[vllm]'\n")
+    assert not (place / "r").exists()
+
+
 def test_what_is_there_already_is_never_overwritten_by_a_merge(place: Place) -> None:
     (place / "full").mkdir()
     (place / "full/config.json").write_text("{}")

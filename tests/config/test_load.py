@@ -210,9 +210,36 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert str(caught.value) == message
 
 
+@dataclass(frozen=True, kw_only=True)
+class Levels(RunConfig):
+    """Settings of two levels, each of which samples."""
+
+    low: Config
+    """One level."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How the other one samples."""
+
+
+def test_the_sampler_is_said_once_for_all_levels_and_again_for_one() -> None:
+    needed = ("--out", "x", "--low.out", "y", "--low.env", "maze", "--sampler", "vllm")
+    levels = load(Levels, (), needed)
+    assert (levels.sampling.sampler, levels.low.sampling.sampler) == ("vllm", "vllm")
+    levels = load(Levels, (), (*needed, "--low.sampling.sampler", "local"))
+    assert (levels.sampling.sampler, levels.low.sampling.sampler) == ("vllm", "local")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (
+            ("--sampler", "vlm"),
+            "--sampling.sampler vlm: expected one of local, vllm. Did you mean 'vllm'?",
+        ),
+        (
+            ("--sampling.sleep",),
+            "sampling.sleep = true: the local engine holds no memory of its own to give back. Use sampler = vllm, or "
+            "leave it out.",
+        ),
         (("--group-sise", "1"), "unknown flag '--group-sise'. Did you mean '--group-size'?"),
         (("--optim.lrr", "1"), "unknown flag '--optim.lrr'. Did you mean '--optim.lr'?"),
         (("--lr", "1"), "unknown flag '--lr'. Did you mean '--optim.lr'?"),

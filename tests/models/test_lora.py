@@ -324,6 +324,30 @@ def test_a_sampler_forgets_what_another_adapter_said(folder: Path) -> None:
     assert ask(sampler)[0] == spoken
 
 
+@pytest.mark.parametrize("more", [{}, {"target": ("q_proj", "embed_tokens")}, {"modules_to_save": ("lm_head",)}])
+def test_merged_weights_are_those_of_a_model_that_says_the_same(untied: Path, more: dict[str, Any]) -> None:
+    adapted = taught(lora.attach(base(untied), replace(SMALL, **more)))
+    before = {name: weight.clone() for name, weight in adapted.named_parameters()}
+    merged = base(untied)
+    merged.load_state_dict(dict(lora.merged_weights(adapted)))
+    assert distance(logits(merged), logits(adapted)) < 1e-4
+    assert distance(logits(merged), logits(base(untied))) > 1e-2
+    with lora.off(adapted):
+        merged.load_state_dict(dict(lora.merged_weights(adapted)))
+    assert logits(merged).equal(logits(base(untied)))
+    assert all(weight.equal(before[name]) for name, weight in adapted.named_parameters())
+
+
+def test_merged_weights_of_a_view_are_those_of_its_adapter(folder: Path) -> None:
+    module = lora.attach(lora.attach(base(folder), SMALL, name="high"), SMALL, name="low")
+    for seed, name in enumerate(("high", "low")):
+        view = taught(lora.AdapterView(module, name), seed)
+        merged = base(folder)
+        merged.load_state_dict(dict(lora.merged_weights(view)))
+        assert distance(logits(merged), logits(view)) < 1e-4
+        assert distance(logits(merged), logits(base(folder))) > 1e-2
+
+
 @pytest.mark.parametrize("whole", WHOLE)
 def test_the_start_of_an_adapter_is_remembered(whole: str, folder: Path, tmp_path: Path) -> None:
     module = lora.attach(base(folder), LoraConfig(rank=4, modules_to_save=WHOLE[whole]))
