@@ -165,6 +165,8 @@ class SamplingConfig:
         demand(self, "max_tokens", self.max_tokens >= 1, "a completion has at least one token. Give 1 or more.")
         demand(self, "max_prompt_tokens", self.max_prompt_tokens >= 1, "nothing could be asked. Give 1 or more.")
         demand(self, "stop", "" not in self.stop, "every text contains the empty text. Leave it out.")
+        drawn = self.sampler != "vllm" or 0.01 <= self.temperature <= 2
+        demand(self, "temperature", drawn, "vLLM draws at 0.01 to 2. Give one of those, or use sampler = local.")
         because = "the local engine holds no memory of its own to give back. Use sampler = vllm, or leave it out."
         demand(self, "sleep", not self.sleep or self.sampler == "vllm", because)
 

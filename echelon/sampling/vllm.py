@@ -351,10 +351,9 @@ def _translated(params: SamplingParams) -> Any:
             logprobs=0,
             output_kind=vllm.RequestOutputKind.DELTA if watched else vllm.RequestOutputKind.FINAL_ONLY,
         )
-    except ValueError as error:
-        raise ConfigError(
-            f"vLLM cannot draw so: {first_line(error).rstrip('.')}. Change that setting, or use --sampler local."
-        ) from error
+    except (ValueError, need("vllm.exceptions", "vllm").VLLMError) as error:
+        reason = first_line(error).partition(" (parameter=")[0].rstrip(".")
+        raise ConfigError(f"vLLM cannot draw so: {reason}. Change that setting, or use --sampler local.") from error
 
 
 def _settings(module: nn.Module) -> Any:

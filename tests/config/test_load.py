@@ -236,6 +236,10 @@ def test_the_sampler_is_said_once_for_all_levels_and_again_for_one() -> None:
             "--sampling.sampler vlm: expected one of local, vllm. Did you mean 'vllm'?",
         ),
         (
+            ("--sampler", "vllm", "--sampling.temperature", "2.5"),
+            "sampling.temperature = 2.5: vLLM draws at 0.01 to 2. Give one of those, or use sampler = local.",
+        ),
+        (
             ("--sampling.sleep",),
             "sampling.sleep = true: the local engine holds no memory of its own to give back. Use sampler = vllm, or "
             "leave it out.",

@@ -337,7 +337,8 @@ def test_a_predicate_that_fails_fails_its_own_request_alone(fresh: Place) -> Non
     [
         (150, {"max_tokens": 11}, RolloutError, f"up to 11 do not fit the {LONGEST} tokens"),
         (5, {"temperature": 0.001}, ConfigError, "temperature = 0.001: vLLM draws at 0.01 or more"),
-        (5, {"top_p": 0.0}, ConfigError, "vLLM cannot draw so: top_p"),
+        (5, {"top_p": 0.0}, ConfigError, r"vLLM cannot draw so: top_p must be in \(0, 1\], got 0\.0\. Change"),
+        (5, {"temperature": 2.5}, ConfigError, "vLLM cannot draw so: temperature"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused_in_one_line(
@@ -397,4 +398,4 @@ def test_grpo_learns_on_what_vllm_says(tmp_path: Path) -> None:
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     assert len(rows) == 2
-    assert all(row["mismatch/max"] <= 1e-4 for row in rows), rows
+    assert all(row["policy/first_mismatch"] <= 1e-4 for row in rows), rows
