@@ -2,10 +2,10 @@
 
     python benchmarks/weight_reload.py
 
-In one process, float32: every round changes all weights of the model a little, times `VllmSampler.load` from the call to
-its return, and then samples from what was loaded and compares the log-probs of all sampled tokens with the trainer's. The
-first load also starts vLLM and does not count. The target is 0.3 s, and 1e-4 for the largest difference in any round.
-The last line is JSON: `ratio` is the smallest of target over measured, so 1 means that both targets are met.
+In one process, float32: every round changes all weights of the model a little, times `VllmSampler.load` from the call
+to its return, and then samples from what was loaded and compares the log-probs of all sampled tokens with the
+trainer's. The first load also starts vLLM and does not count. The target is 0.3 s, and 1e-4 for the largest difference
+in any round. The last line is JSON: `ratio` is the smallest of target over measured, so 1 means that both are met.
 """
 
 from __future__ import annotations

@@ -350,9 +350,7 @@ def test_what_vllm_cannot_do_is_refused_in_one_line(
     assert "local" in str(refused.value)
 
 
-def test_what_cannot_be_served_is_refused_before_anything_starts(
-    fresh: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_served_is_refused_before_anything_starts(fresh: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"sampling\.sleep = True: on cpu there is no accelerator"):
         VllmSampler(fresh.module, fresh.tokenizer, longest=64, sleep=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -369,7 +367,7 @@ def test_a_model_that_vllm_does_not_read_as_it_is_is_refused(fresh: Place) -> No
     handle.remove()
     assert len(ask(sampler, [([1, 2], SamplingParams(max_tokens=3))])[0].tokens) == 3
     heads, tokenizer = tiny(["a"], vocab_size=300, hidden=32, layers=1, heads=2)
-    with pytest.raises(DataError, match="LlamaForCausalLM: vLLM cannot run it .* Use --sampler local"):
+    with pytest.raises(DataError, match=r"LlamaForCausalLM: vLLM cannot run it .* Use --sampler local"):
         ask(VllmSampler(heads, tokenizer, longest=64, cache_tokens=512), [([1, 2], SamplingParams())])
 
 
