@@ -23,6 +23,8 @@ MOST_CANDIDATES = 24
 MOST_TOKENS = 2_000
 KNOWN = {"index", "role", "parent", "text", "reward", "seen", "strategy", "candidates", "chosen", "explored"}
 """What a turn says that has a place of its own; everything else is shown by its name."""
+FEW_WORDS = ("controller", "planner", "strategist")
+"""Roles that pick among few things to say, and rightly say them again."""
 COACHED = "coach"
 """Whose words an attempt follows that can ignore them."""
 
@@ -89,8 +91,9 @@ def _count(turns: Sequence[Row], tally: Tally, texts: set[str]) -> None:
         if earlier is None or not isinstance(text, str):
             continue
         same = text == earlier.get("text")
-        tally.again += 1
-        tally.repeated += same
+        if role not in FEW_WORDS:
+            tally.again += 1
+            tally.repeated += same
         if role != COACHED and between.get("role") == COACHED and not _worth(earlier):
             tally.told += 1
             tally.unmoved += same

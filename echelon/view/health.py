@@ -204,11 +204,16 @@ def _entropy(metrics: Metrics) -> Iterator[Verdict]:
 
 
 def _explained(metrics: Metrics) -> Iterator[Verdict]:
+    spread = metrics.finite("reward/std")
+    alike = len(spread) > 3 and moved(spread)[1] < 0.25 * moved(spread)[0]
+
     def judge() -> Iterator[tuple[State, str]]:
         for name, values in _ending(metrics, "explained_variance"):
             share = _late(values)
             known = "knows less than the mean return" if share < 0 else f"explains {percent(share)} of the variance"
-            yield ("bad" if share < -0.1 else "warn" if share < 0.1 else "good"), f"The critic behind {name} {known}."
+            excuse = ", of returns that hardly differ any more" if alike and share < 0.1 else ""
+            state: State = "bad" if share < -0.1 and not alike else "warn" if share < 0.1 else "good"
+            yield state, f"The critic behind {name} {known}{excuse}."
 
     yield from _worst("Critic", judge(), "{0}")
 

@@ -152,16 +152,21 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def groups(runs: Sequence[Run]) -> list[Row]:
-    """Runs that differ in nothing but their seed, together."""
+    """Runs that differ in nothing but their seed, together. What only some runs of a recipe say does not tell them
+    apart: versions have different settings."""
     by_key: dict[str, list[int]] = {}
+    said: dict[str, set[str]] = {}
+    for run in runs:
+        said[run.recipe] = said.get(run.recipe, set(run.settings)) & set(run.settings)
     for place, run in enumerate(runs):
-        same = {name: _seedless(value) for name, value in run.settings.items() if not PLUMBING.match(name)}
+        names = {name for name in said[run.recipe] if not PLUMBING.match(name)}
+        same = {name: _seedless(run.settings[name]) for name in names}
         alone = "" if run.settings else str(run.path)
         by_key.setdefault(dumps([run.recipe, alone, sorted(same.items())]), []).append(place)
-    names = [seedless(runs[places[0]].name) for places in by_key.values()]
+    called = [seedless(runs[places[0]].name) for places in by_key.values()]
     return [
-        {"name": name if names.count(name) == 1 and len(places) > 1 else runs[places[0]].name, "runs": places}
-        for name, places in zip(names, by_key.values(), strict=True)
+        {"name": name if called.count(name) == 1 and len(places) > 1 else runs[places[0]].name, "runs": places}
+        for name, places in zip(called, by_key.values(), strict=True)
     ]
 
 

@@ -73,6 +73,12 @@ def test_a_check_tells_what_is_wrong(title: str, name: str, values: list[float],
     assert verdict(curves(**{name: values}), title).state == state
 
 
+def test_a_critic_is_not_blamed_where_returns_do_not_differ() -> None:
+    both = curves(critic__explained_variance=[-0.5] * 20, reward__std=[1.0] * 10 + [0.01] * 10)
+    assert verdict(both, "Critic").state == "warn"
+    assert verdict(both, "Critic").text.endswith("of returns that hardly differ any more.")
+
+
 def test_what_is_wrong_comes_first_and_what_is_not_measured_is_not_told() -> None:
     found = checks(curves(policy__entropy=[1.0] * 20, turn__cut_off=[0.9] * 20), Scan())
     assert [one.title for one in found] == ["Length", "Entropy"]

@@ -105,8 +105,17 @@ def run_of(name: str, **chosen: Any) -> Run:
 
 
 def test_runs_that_differ_in_their_seed_alone_are_a_group() -> None:
-    runs = [run_of("a/seed_0", seed=0, out="x", lr=1), run_of("a/seed_1", seed=1, out="y", lr=1), run_of("b", lr=2)]
+    runs = [
+        run_of("a/seed_0", seed=0, out="x", lr=1),
+        run_of("a/seed_1", seed=1, out="y", lr=1),
+        run_of("b", seed=0, out="z", lr=2),
+    ]
     assert groups(runs) == [{"name": "a", "runs": [0, 1]}, {"name": "b", "runs": [2]}]
+
+
+def test_a_setting_that_one_version_does_not_have_keeps_no_runs_apart() -> None:
+    runs = [run_of("a/seed_0", seed=0, lr=1), run_of("a/seed_1", seed=1, lr=1, new=False)]
+    assert groups(runs) == [{"name": "a", "runs": [0, 1]}]
 
 
 def test_settings_are_shared_or_differ() -> None:

@@ -157,7 +157,7 @@ function keys(event) {
 function begin() {
   const first = runs[0], name = runs.length === 1 ? first.name : plural(runs.length, "run");
   const about = [...new Set(runs.map((run) => run.recipe).filter(Boolean))].join(", ");
-  const what = [...new Set(runs.map((run) => run.about.env || run.about["data.path"]).filter(Boolean))].slice(0, 2).join(", ");
+  const what = [...new Set(runs.map((run) => run.about.env || String(run.about["data.path"] || "").split("/").pop()).filter(Boolean))].slice(0, 2).join(", ");
   const steps = Math.max(...runs.map((run) => run.steps)), seconds = runs.reduce((sum, run) => sum + run.seconds, 0);
   document.title = `${name} · run report`;
   document.getElementById("title").textContent = name;
