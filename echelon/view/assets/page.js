@@ -118,6 +118,7 @@ function show() {
   const [name, rest = ""] = decodeURIComponent(location.hash.slice(1)).split("=");
   const view = name === "episode" ? "episodes" : VIEWS[name] ? name : "overview";
   document.querySelectorAll("#nav a").forEach((link) => (link.hash === `#${view}` ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current")));
+  document.querySelector("#nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
   const main = document.getElementById("main");
   const made = name === "episode" ? episodesView(rest) : VIEWS[view][1](rest);
   if (made !== main.firstElementChild || main.children.length !== 1) main.replaceChildren(made);
