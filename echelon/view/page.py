@@ -159,8 +159,8 @@ def groups(runs: Sequence[Run]) -> list[Row]:
     for run in runs:
         said[run.recipe] = said.get(run.recipe, set(run.settings)) & set(run.settings)
     for place, run in enumerate(runs):
-        names = {name for name in said[run.recipe] if not PLUMBING.match(name)}
-        same = {name: _seedless(run.settings[name]) for name in names}
+        names = said[run.recipe] if run.recipe else set(run.settings)
+        same = {name: _seedless(run.settings[name]) for name in names if not PLUMBING.match(name)}
         alone = "" if run.settings else str(run.path)
         by_key.setdefault(dumps([run.recipe, alone, sorted(same.items())]), []).append(place)
     called = [seedless(runs[places[0]].name) for places in by_key.values()]

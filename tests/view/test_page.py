@@ -101,7 +101,7 @@ def test_long_curves_become_means_of_as_many_steps_as_it_takes() -> None:
 
 
 def run_of(name: str, **chosen: Any) -> Run:
-    return Run(Path(name), name=name, settings=chosen)
+    return Run(Path(name), name=name, recipe="grpo", settings=chosen)
 
 
 def test_runs_that_differ_in_their_seed_alone_are_a_group() -> None:
@@ -116,6 +116,9 @@ def test_runs_that_differ_in_their_seed_alone_are_a_group() -> None:
 def test_a_setting_that_one_version_does_not_have_keeps_no_runs_apart() -> None:
     runs = [run_of("a/seed_0", seed=0, lr=1), run_of("a/seed_1", seed=1, lr=1, new=False)]
     assert groups(runs) == [{"name": "a", "runs": [0, 1]}]
+    for run in runs:  # of recipes that nobody knows nothing is known to be a version of the other
+        run.recipe = ""
+    assert len(groups(runs)) == 2
 
 
 def test_settings_are_shared_or_differ() -> None:

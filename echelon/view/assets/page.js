@@ -46,7 +46,7 @@ function runsTable() {
     return el("span", { class: "chips" }, counts.length ? counts.map(([state, count]) => badge(state, `${STATES[state]} ${count}`)) : one.checks.length ? badge("good") : "–");
   };
   const body = runs.map((one, place) => {
-    const tested = data.evaluations.find((found) => found.run === place && !found.name);
+    const tested = !one.steps && data.evaluations.find((found) => found.run === place && !found.name);
     const [first, last] = tested ? [null, (tested.estimates.return || tested.estimates.accuracy || {}).mean] : ends(place);
     const open = el("a", { href: "#overview", text: one.name, onclick: (event) => { event.preventDefault(); looked = place; show(); } });
     return [open, one.recipe || "–", one.outcome || (tested ? (tested.estimates.return ? "return" : "accuracy") : "–"), number(first), number(last), one.steps ? one.steps.toLocaleString("en") : "–", tested ? (tested.episodes ?? 0).toLocaleString("en") : one.perStep && one.steps ? (one.perStep * one.steps).toLocaleString("en") : "–", one.seconds ? duration(one.seconds) : "–", states(one)];
