@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -60,7 +59,6 @@ class Scan:
     tallies: dict[int, Tally] = field(default_factory=dict)
     texts: set[str] = field(default_factory=set)
     """Different utterances, up to a few dozen: fewer means that the role picks among few words."""
-    endings: Counter[str] = field(default_factory=Counter)
 
 
 def scan(run: Run) -> Scan:
@@ -70,7 +68,6 @@ def scan(run: Run) -> Scan:
         step = row.get("step", 0)
         step = step if isinstance(step, int) else 0
         found.places.append(Place(place, offset, step, str(row.get("task", ""))[:200]))
-        found.endings[str(row.get("ending", "failed" if row.get("error") else "played"))] += 1
         _count(_turns(row), found.tallies.setdefault(step, Tally()), found.texts)
     return found
 

@@ -115,7 +115,7 @@ const VIEWS = {
 };
 
 function show() {
-  const [name, rest = ""] = decodeURIComponent(location.hash.slice(1)).split("=");
+  const [name, rest = ""] = location.hash.slice(1).split("=");
   const view = name === "episode" ? "episodes" : VIEWS[name] ? name : "overview";
   document.querySelectorAll("#nav a").forEach((link) => (link.hash === `#${view}` ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current")));
   document.querySelector("#nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
