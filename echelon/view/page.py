@@ -38,7 +38,7 @@ def build(runs: Sequence[Run], scans: Sequence[Scan], *, room: int) -> str:
     """The page, in as many bytes as there is room for: episodes are shown as far as they fit, a few of them always."""
     names = list(dict.fromkeys(name for run in runs for name in run.metrics.columns if name != "seconds"))
     points = max(FEWEST_POINTS, min(MOST_POINTS, POINTS // max(1, len(runs) * len(names))))
-    about = {
+    about: Row = {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
         "headings": headings(names),
@@ -206,30 +206,25 @@ def evaluation(summary: Mapping[str, Any]) -> Row:
 
 
 def phases(run: Run) -> list[Row]:
-    """Time and tokens by what was learning: steps in a row in which the same parts have a loss."""
-    metrics, found = run.metrics, []
-    seconds = metrics["seconds"]
+    """Time and tokens by what was learning: the steps in which the same parts have a loss."""
+    metrics, played = run.metrics, run.per_step or 0
+    seconds = metrics["seconds"] or [None] * len(metrics.steps)
     losses = [name for name in metrics.columns if name == "loss" or (name.endswith("/loss") and name.count("/") == 1)]
-    for at, _ in enumerate(metrics.steps):
+    found: dict[str, dict[str, float]] = {}
+    for at, now in enumerate(seconds):
         who = ", ".join(name.removesuffix("/loss") for name in losses if metrics[name][at] is not None) or "none"
-        if not found or found[-1]["who"] != who:
-            found.append({"who": who, "steps": 0, "seconds": 0.0, "episodes": 0, "turns": 0.0, "tokens": 0.0})
-        now, before = (seconds[at] if seconds else None), (seconds[at - 1] if at and seconds else 0.0)
-        phase = found[-1]
-        phase["steps"] += 1
-        phase["seconds"] += (now or 0.0) - (before or 0.0) if now is not None else 0.0
-        played, turns, tokens = run.per_step or 0, _at(metrics, "episode/turns", at), _at(metrics, "turn/tokens", at)
-        phase["episodes"] += played if turns else 0
-        phase["turns"] += played * turns
-        phase["tokens"] += played * turns * tokens or _at(metrics, "tokens", at)
-    merged: dict[str, Row] = {}
-    for phase in found:
-        into = merged.setdefault(phase["who"], dict.fromkeys(phase, 0) | {"who": phase["who"]})
-        for name in phase.keys() - {"who"}:
-            into[name] += phase[name]
-    return [
-        {name: value if name == "who" else short(value, 6) for name, value in one.items()} for one in merged.values()
-    ]
+        turns, tokens = _at(metrics, "episode/turns", at), _at(metrics, "turn/tokens", at)
+        before = (seconds[at - 1] if at else 0.0) or 0.0
+        step = {
+            "steps": 1.0,
+            "seconds": now - before if now is not None else 0.0,
+            "episodes": float(played if turns else 0),
+            "turns": played * turns,
+            "tokens": played * turns * tokens or _at(metrics, "tokens", at),
+        }
+        earlier = found.get(who, {})
+        found[who] = {name: earlier.get(name, 0.0) + value for name, value in step.items()}
+    return [{"who": who, **{name: short(value, 6) for name, value in one.items()}} for who, one in found.items()]
 
 
 def _at(metrics: Metrics, name: str, place: int) -> float:

@@ -64,7 +64,7 @@ def test_a_run_of_two_levels_with_strategies(tosca: Path) -> None:
 
 
 def test_a_stage_that_learns_from_rows(start: Path) -> None:
-    about = told(start.parents[1])["runs"][0]
+    about = told(start.parents[2])["runs"][0]
     assert (about["recipe"], about["outcome"], about["episodes"]) == ("sft", "loss", 0)
     assert about["learned"]["state"] == "good"
 
