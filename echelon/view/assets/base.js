@@ -44,7 +44,9 @@ const plural = (count, one, many = one + "s") => `${count.toLocaleString("en")} 
 const STATES = { good: "✓ fine", warn: "! look", bad: "✗ wrong", none: "· noted" };
 const badge = (state, said) => el("span", { class: `badge ${state}`, text: said || STATES[state] });
 
-function field(label, control) {
+// A control under its label. `spoken` is what the control is called where the label alone would not say it.
+function field(label, control, spoken) {
+  control.setAttribute("aria-label", spoken || label);
   return el("label", { class: "field" }, el("span", { text: label }), control);
 }
 

@@ -231,7 +231,7 @@ function episodesView(id) {
   const control = (key, make) => make((value) => { sifted[key] = value; fill(null, false); });
   const typed = (label, key, kind, hint) => control(key, (then) => {
     const input = el("input", { type: kind, value: sifted[key], placeholder: hint, step: "any", id: key === "text" ? "search" : null, oninput: later(80, () => then(input.value)) });
-    return field(label, input);
+    return field(label, input, label === "to" ? `${key === "most" ? "Return" : "Step"} to` : null);
   });
   const picked = (label, key, options) => options.length > 1 && control(key, (then) => choice(label, [["", "all"], ...options], sifted[key], then));
   const unique = (values) => [...new Set(values)].sort().map((value) => [value, value]);
