@@ -54,6 +54,7 @@ EXTRAS = {
     "control": "gymnasium",
     "video": "moviepy",
     "experts": "stable-baselines3",
+    "browser": "playwright",
     "bench": "trl",
     "dev": "pytest",
 }
@@ -130,6 +131,8 @@ def _run(recipe: str, words: list[str], package: str) -> None:
     files, flags = words[:split], words[split:]
     if folder := getattr(module, "FOLDER", None):
         files, flags = _take_folder(folder, files, flags)
+    if folders := getattr(module, "FOLDERS", None):
+        files, flags = _take_folders(folders, files, flags)
     module.main(config.load(module.Config, files, flags))
 
 
@@ -140,6 +143,13 @@ def _take_folder(setting: str, files: list[str], flags: list[str]) -> tuple[list
     if len(others) > 1:
         raise ConfigError(f"unexpected '{others[1]}' after '{others[0]}': one model at a time.")
     return [word for word in files if is_file[word]], [*(f"--{setting}={word}" for word in others), *flags]
+
+
+def _take_folders(setting: str, words: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
+    """Files and flags, where every word before the flags that is no settings file names one of several folders."""
+    folders = [word for word in words if Path(word).suffix not in (".yaml", ".yml")]
+    files = [word for word in words if word not in folders]
+    return files, [*([f"--{setting}", *folders] if folders else []), *flags]
 
 
 def _explain(recipe: str, module: Any) -> None:

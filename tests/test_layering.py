@@ -19,14 +19,14 @@ LAYERS = (
     {"config", "ops", "text", "sandbox"},
     {"data", "models", "envs"},
     {"sampling", "train"},
-    {"rollout"},
-    {"recipes", "report"},
+    {"rollout", "view"},
+    {"recipes"},
     {"cli"},
     {"__main__", ""},
 )
 """Lowest first; "" is `echelon/__init__.py`, which names everything for type checkers and imports nothing."""
 
-WITHOUT_TORCH = {"types", "errors", "seeds", "config", "envs", "sandbox", "cli", "__main__", ""}
+WITHOUT_TORCH = {"types", "errors", "seeds", "config", "envs", "sandbox", "view", "cli", "__main__", ""}
 """Parts that must be importable before torch is."""
 
 IMPORT_NAME = {"pyyaml": "yaml"}

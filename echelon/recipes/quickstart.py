@@ -347,3 +347,4 @@ def show(summary: Mapping[str, Any], console: Console, out: Path) -> None:
         column.no_wrap = True
     console.print(table)
     console.print(f"the curve: {out / 'curve.png'}   the numbers: {out / 'summary.json'}")
+    console.print(f"what each level learned and said, in one page: echelon report {out}", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Runs to look at: one page that opens from a disk."""

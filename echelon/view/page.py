@@ -1,0 +1,232 @@
+"""One HTML file about some runs: it holds everything it needs, and asks no network for anything.
+
+What runs say goes in as JSON inside a script element that is data, and the page writes it as text alone; only scripts
+with the hashes named in its policy may run. Refuses to know files of runs (`runs`) and what numbers mean (`health`).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Any
+
+from echelon import __version__
+from echelon.view import health
+from echelon.view.episodes import Scan, dumps, short, size, written
+from echelon.view.runs import Metrics, Row, Run, number, seedless
+
+LICENCE = "uPlot.LICENSE"
+MARK = "<!-- a report of echelon -->"
+"""Where a page of ours begins, so that nothing else is ever replaced by one."""
+STYLES = ("uPlot.min.css", "page.css")
+SCRIPTS = ("uPlot.iife.min.js", "base.js", "curves.js", "episodes.js", "page.js")
+POINTS = 150_000
+"""Numbers of curves that a page holds; longer runs have fewer points for each curve."""
+FEWEST_BYTES = 200_000
+"""What episodes may take where everything else has taken the room."""
+MOST_POINTS, FEWEST_POINTS = 1_000, 40
+PLUMBING = re.compile(r"(seed|out|threads|dry_run|resume|save_every|keep_last|log\..*|config|overwrite)$")
+"""Settings in which seeds of one experiment may differ."""
+
+
+def build(runs: Sequence[Run], scans: Sequence[Scan], *, room: int) -> str:
+    """The page, in as many bytes as there is room for: episodes are shown as far as they fit, a few of them always."""
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics.columns if name != "seconds"))
+    points = max(FEWEST_POINTS, min(MOST_POINTS, POINTS // max(1, len(runs) * len(names))))
+    about: Row = {
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": __version__,
+        "headings": headings(names),
+        "runs": [describe(run, found) for run, found in zip(runs, scans, strict=True)],
+        "groups": groups(runs),
+        "curves": [thin(run.metrics, points) for run in runs],
+        "settings": settings(runs),
+        "evaluations": [
+            {"run": place, "name": name, **evaluation(summary)}
+            for place, run in enumerate(runs)
+            for name, summary in run.evaluations.items()
+        ],
+    }
+    left = room - size(assemble(dumps(about))) - 40 * len(runs)
+    episodes = share_out(runs, scans, max(left, FEWEST_BYTES))
+    for run, shown in zip(about["runs"], episodes, strict=True):
+        run["shown"] = len(shown)
+    told = dumps(about)[:-1] + ',"episodes":[' + ",\n".join(text for several in episodes for text in several) + "]}"
+    return assemble(told)
+
+
+def share_out(runs: Sequence[Run], scans: Sequence[Scan], room: int) -> list[list[str]]:
+    """The episodes of each run as JSON; what a small run does not need is there for the others."""
+    shown: list[list[str]] = [[] for _ in runs]
+    order = sorted(range(len(runs)), key=lambda place: len(scans[place].places))
+    for done, place in enumerate(order):
+        shown[place] = written(runs[place], place, scans[place], room // (len(order) - done))
+        room -= sum(size(text) + 2 for text in shown[place])
+    return shown
+
+
+def asset(name: str) -> str:
+    """A file that is part of every page."""
+    return (resources.files("echelon.view") / "assets" / name).read_text(encoding="utf-8")
+
+
+def assemble(told: str) -> str:
+    """The page around what is told."""
+    scripts = [f"/*\n{asset(LICENCE)}*/\n" + asset(SCRIPTS[0]), *map(asset, SCRIPTS[1:])]
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    parts = {
+        "policy": " ".join(f"'sha256-{one}'" for one in hashes),
+        "styles": "\n".join(asset(name) for name in STYLES),
+        "data": told,
+        "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
+    }
+    pieces = re.split(r"\{\{(\w+)\}\}", asset("page.html"))  # split first: what is told may look like a place, too
+    return MARK + "\n" + "".join(parts[piece] if place % 2 else piece for place, piece in enumerate(pieces))
+
+
+def describe(run: Run, found: Scan) -> Row:
+    """What is said of one run: verdicts, and where its time went."""
+    metrics = run.metrics
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "recipe": run.recipe,
+        "about": {name: run.settings[name] for name in ("env", "data.path", "model.path") if run.settings.get(name)},
+        "steps": len(metrics.steps),
+        "seconds": (metrics.finite("seconds") or [0.0])[-1],
+        "perStep": run.per_step,
+        "episodes": len(found.places),
+        "outcome": health.outcome_of(metrics),
+        "learned": verdict(health.learned(metrics)) if metrics.steps else None,
+        "levels": [verdict(one) for one in health.levels(metrics)],
+        "checks": [verdict(one) for one in health.checks(metrics, found)],
+        "notes": run.notes,
+        "phases": phases(run),
+    }
+
+
+def verdict(one: health.Verdict) -> Row:
+    """A verdict for the page."""
+    return {"title": one.title, "state": one.state, "text": one.text}
+
+
+def headings(names: Sequence[str]) -> list[list[Any]]:
+    """Curves under their headings: what a run is for, then the upper level, the lower one, and the rest."""
+    order = ["outcome", "reward", "upper", "lower", "eval", "episodes"]
+    under: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        under.setdefault(health.group_of(name, names), []).append(name)
+    ranked = sorted(under.items(), key=lambda item: order.index(item[0][1]))
+    return [[heading, kind, sorted(listed, key=_importance)] for (heading, kind), listed in ranked]
+
+
+def _importance(name: str) -> tuple[int, int]:
+    last = name.rpartition("/")[2]
+    first = [*health.OUTCOMES, *health.SAID, "loss", "win", "q_mean", "mean", "tokens", "kl", "return"]
+    at = next((place for place, one in enumerate(first) if one in (name, last)), len(first))
+    return at + (100 if last in ("lr", "grad_norm", "max", "std") else 0), 0
+
+
+def thin(metrics: Metrics, points: int) -> Row:
+    """Curves of a run with so many points at most; each point of a longer one is the mean of `every` steps."""
+    count = len(metrics.steps)
+    every = -(-count // points) if count else 1
+    spans = [slice(at, at + every) for at in range(0, count, every)]
+    columns = {
+        name: [short(mean(values[span]), 5) for span in spans]
+        for name, values in metrics.columns.items()
+        if any(value is not None for value in values)
+    }
+    return {"every": every, "steps": [metrics.steps[span][-1] for span in spans], "columns": columns}
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what is there."""
+    there = [value for value in values if value is not None]
+    return statistics.fmean(there) if there else None
+
+
+def groups(runs: Sequence[Run]) -> list[Row]:
+    """Runs that differ in nothing but their seed, together. What only some runs of a recipe say does not tell them
+    apart: versions have different settings."""
+    by_key: dict[str, list[int]] = {}
+    said: dict[str, set[str]] = {}
+    for run in runs:
+        said[run.recipe] = said.get(run.recipe, set(run.settings)) & set(run.settings)
+    for place, run in enumerate(runs):
+        names = said[run.recipe] if run.recipe else set(run.settings)
+        same = {name: _seedless(run.settings[name]) for name in names if not PLUMBING.match(name)}
+        alone = "" if run.settings else str(run.path)
+        by_key.setdefault(dumps([run.recipe, alone, sorted(same.items())]), []).append(place)
+    called = [seedless(runs[places[0]].name) for places in by_key.values()]
+    return [
+        {"name": name if called.count(name) == 1 and len(places) > 1 else runs[places[0]].name, "runs": places}
+        for name, places in zip(called, by_key.values(), strict=True)
+    ]
+
+
+def _seedless(value: object) -> str:
+    return re.sub(r"seed[_-]?\d+", "seed", str(value))
+
+
+def settings(runs: Sequence[Run]) -> Row:
+    """Settings that all runs share, and those in which they differ: one value per run, None where a run has none."""
+    names = list(dict.fromkeys(name for run in runs for name in run.settings))
+    common: dict[str, str] = {}
+    differing: list[Row] = []
+    for name in names:
+        values = [_text(run.settings[name]) if name in run.settings else None for run in runs]
+        if len(set(values)) == 1 and values[0] is not None:
+            common[name] = values[0]
+        else:
+            differing.append({"name": name, "values": values, "partial": None in values})
+    return {"common": common, "differing": sorted(differing, key=lambda row: bool(row["partial"]))}
+
+
+def _text(value: object) -> str:
+    return value[:500] if isinstance(value, str) else dumps(value)[:500] if _plain(value) else str(value)[:500]
+
+
+def _plain(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | list | dict)
+
+
+def evaluation(summary: Mapping[str, Any]) -> Row:
+    """An evaluation for the page: means with intervals, how many episodes and how many of them failed."""
+    found = {}
+    for name, one in summary["estimates"].items():
+        if isinstance(one, dict):
+            found[str(name)] = {key: short(number(one.get(key)), 5) for key in ("mean", "low", "high", "n")}
+    return {"estimates": found, "episodes": summary.get("episodes"), "failed": summary.get("failed")}
+
+
+def phases(run: Run) -> list[Row]:
+    """Time and tokens by what was learning: the steps in which the same parts have a loss."""
+    metrics, played = run.metrics, run.per_step or 0
+    seconds = metrics["seconds"] or [None] * len(metrics.steps)
+    losses = [name for name in metrics.columns if name == "loss" or (name.endswith("/loss") and name.count("/") == 1)]
+    found: dict[str, dict[str, float]] = {}
+    for at, now in enumerate(seconds):
+        who = ", ".join(name.removesuffix("/loss") for name in losses if metrics[name][at] is not None) or "none"
+        turns, tokens = _at(metrics, "episode/turns", at), _at(metrics, "turn/tokens", at)
+        before = (seconds[at - 1] if at else 0.0) or 0.0
+        step = {
+            "steps": 1.0,
+            "seconds": now - before if now is not None else 0.0,
+            "episodes": float(played if turns else 0),
+            "turns": played * turns,
+            "tokens": played * turns * tokens or _at(metrics, "tokens", at),
+        }
+        earlier = found.get(who, {})
+        found[who] = {name: earlier.get(name, 0.0) + value for name, value in step.items()}
+    return [{"who": who, **{name: short(value, 6) for name, value in one.items()}} for who, one in found.items()]
+
+
+def _at(metrics: Metrics, name: str, place: int) -> float:
+    values = metrics[name]
+    return (values[place] or 0.0) if values else 0.0

@@ -1,0 +1,279 @@
+"""The page in a real browser: Chromium as Debian packages it (`apt-get install chromium`), without network.
+
+`CHROMIUM` names another one. The accessibility audit is axe-core's, from `npm install axe-core`: `AXE` names its
+axe.min.js. With `SCREENSHOTS` set to a folder, a picture of every view at three widths in both modes is left there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from echelon import cli
+from tests.view.conftest import Write, episode, turn
+
+pytestmark = pytest.mark.browser
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or ""
+AXE = Path(os.environ.get("AXE") or Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js")
+WIDTHS = (390, 820, 1440)
+LONG = 10_000_000
+NASTY = [
+    "<script>window.taken = 1</script>",
+    "</script><script>window.taken = 1</script>",
+    "<img src=x onerror='window.taken = 1'>",
+    "&lt;b&gt; {{data}} ${1}",
+    "\x00 bell \x07 escape \x1b[31m delete \x7f",
+    "\u202eright to left\u202c שלום مرحبا",
+    "one line " + "without" * 3000,
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium; tests skip where there is none."""
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'echelon[browser]'")
+    if not CHROMIUM:
+        pytest.skip("no Chromium: apt-get install chromium, or name one in CHROMIUM")
+    with api.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+class Tab:
+    """A page in the browser, and everything it has complained about."""
+
+    def __init__(
+        self, browser: Any, file: Path, *, width: int = 1280, mode: str = "light", audit: bool = False
+    ) -> None:
+        self.complaints: list[str] = []
+        self.asked: list[str] = []
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=mode, offline=True, bypass_csp=audit
+        )
+        context.set_default_timeout(120_000)
+        self.page = context.new_page()
+        self.page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(file.as_uri())
+        self.page.wait_for_selector("#main > *")
+        self.file = file
+
+    def go(self, view: str) -> None:
+        self.page.evaluate("view => { location.hash = view; }", view)
+        self.until("location.hash", f"#{view}")
+        self.page.wait_for_timeout(150)
+
+    def until(self, expression: str, value: object) -> None:
+        """Wait for an expression to have a value; the page's own policy lets it evaluate nothing in the page."""
+        end = time.monotonic() + 120
+        while self.page.evaluate(expression) != value:
+            assert time.monotonic() < end, f"{expression} is {self.page.evaluate(expression)!r}, not {value!r}"
+            self.page.wait_for_timeout(50)
+
+    @property
+    def text(self) -> str:
+        return str(self.page.inner_text("#main"))
+
+    def quiet(self) -> bool:
+        """Whether nothing was complained about and nothing asked for but the file itself."""
+        others = [url for url in self.asked if not url.startswith((self.file.as_uri(), "data:"))]
+        return (self.complaints, others) == ([], [])
+
+
+def choices(best: str) -> list[dict[str, Any]]:
+    return [{"q": at / 3, "text": f"({at})", "strategy": name} for at, name in enumerate(("Ask", "Advise", best))]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of three runs: two levels with strategies, the same with another seed, and one with a coach."""
+    folder = tmp_path_factory.mktemp("report")
+    write: Write = _writer(folder)
+    for seed in (0, 1):
+        rows = [
+            {
+                "step": at,
+                "seconds": at + 1.0,
+                "reward/mean": at / 9 + seed,
+                "critic/loss": 9 - at / 3,
+                "policy/entropy": 1.0,
+            }
+            for at in range(20)
+        ]
+        talk = [
+            episode(
+                at,
+                f"talk/{at % 2}",
+                [
+                    turn("(2)", "strategist", strategy="Comfort", candidates=choices("Comfort"), chosen=2, seen="sad"),
+                    turn(f"I hear you, {at}.", "responder", reward=1.0, advantage=0.5 - at / 20, value=0.1),
+                    turn("word", "responder", tokens=["wo", "rd"], ids=[5, 6], logprobs=[-0.1, -2.0]),
+                ],
+                reward=at / 10,
+                metrics={"win": float(at > 9)},
+            )
+            for at in range(20)
+        ]
+        write(
+            f"two/seed_{seed}",
+            metrics=rows,
+            episodes=talk,
+            settings={"seed": seed, "steps": 20, "episodes_per_step": 4},
+        )
+    tree = [turn("1", "solver"), turn("no", "coach"), turn("2", "solver", reward=1.0), turn("hm", "coach", parent=0)]
+    write("coached", episodes=[episode(0, "sum", tree, 1.0), episode(19, "sum", tree, 2.0)], settings={"remarks": 2})
+    (folder / "coached" / "summary.json").write_text(
+        json.dumps({"episodes": 2, "estimates": {"return": {"mean": 1.5}}})
+    )
+    assert cli.main(["report", str(folder)]) == 0
+    return folder / "report.html"
+
+
+def _writer(folder: Path) -> Write:
+    from tests.view import conftest
+
+    return conftest.write.__wrapped__(folder)  # type: ignore[attr-defined,no-any-return]
+
+
+VIEWS = ("overview", "curves", "episodes", "compare", "evaluations", "settings", "budget", "episode=0.3")
+
+
+def test_every_view_opens_without_complaint_and_asks_no_network(browser: Any, report: Path) -> None:
+    tab = Tab(browser, report)
+    for view in VIEWS:
+        tab.go(view)
+        assert tab.text.strip()
+    assert tab.quiet(), (tab.complaints, tab.asked)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_view_is_wider_than_the_screen_and_none_has_a_serious_finding(
+    browser: Any, report: Path, width: int, mode: str
+) -> None:
+    tab = Tab(browser, report, width=width, mode=mode, audit=True)
+    pictures = os.environ.get("SCREENSHOTS")
+    for view in VIEWS:
+        tab.go(view)
+        assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+        if pictures:
+            name = view.partition("=")[0]
+            tab.page.screenshot(path=str(Path(pictures, f"{name}_{width}_{mode}.png")), full_page=True)
+        if AXE.is_file():
+            tab.page.evaluate(AXE.read_text())
+            found = tab.page.evaluate("axe.run()")["violations"]
+            assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == [], view
+    if not AXE.is_file():
+        pytest.skip(f"no accessibility audit: {AXE} is not there (npm install axe-core, or name it in AXE)")
+
+
+def test_filters_leave_what_was_asked_for(browser: Any, report: Path) -> None:
+    tab = Tab(browser, report)
+    tab.go("episodes")
+    count = "document.querySelectorAll('.list a').length"
+    tab.until(count, 42)
+    for label, value, left in [("Text", "i hear you, 7.", 2), ("Step from", "18", 5), ("Return from", "2", 1)]:
+        tab.page.get_by_label(label, exact=True).fill(value)
+        tab.until(count, left)
+        tab.page.get_by_label(label, exact=True).fill("")
+        tab.until(count, 42)
+    tab.page.get_by_label("Role", exact=True).select_option("coach")
+    tab.until(count, 2)
+    tab.page.get_by_label("Role", exact=True).select_option("")
+    tab.page.get_by_label("Outcome", exact=True).select_option("won")
+    tab.until(count, 20)
+    assert tab.quiet(), tab.complaints
+
+
+def test_keys_go_from_episode_to_episode_and_an_address_names_one(browser: Any, report: Path) -> None:
+    tab = Tab(browser, report)
+    tab.go("episode=1.3")
+    assert "step 3" in tab.text
+    assert "Comfort" in tab.text
+    tab.page.keyboard.press("j")
+    tab.until("location.hash", "#episode=1.4")
+    tab.page.keyboard.press("k")
+    tab.until("location.hash", "#episode=1.3")
+    tab.page.keyboard.press("/")
+    tab.until("document.activeElement.id", "search")
+    tab.go("episode=9.9")  # one that is not in this page: the list is shown
+    assert tab.quiet(), tab.complaints
+
+
+def test_a_turn_shows_its_numbers_its_choices_and_what_feedback_changed(browser: Any, report: Path) -> None:
+    tab = Tab(browser, report)
+    place = json.loads(tab.page.evaluate("JSON.stringify(runs.findIndex(run => run.name.includes('coached')))"))
+    tab.go(f"episode={place}.0")
+    assert "Δ of the next attempts 1" in tab.page.locator(".turn", has_text="no").first.inner_text().replace("\n", " ")
+    other = 0 if place else 1
+    tab.go(f"episode={other}.0")
+    assert tab.page.locator("tr.taken").first.inner_text().split("\t")[0] == "Comfort"
+    assert tab.page.locator(".tok").nth(1).get_attribute("title") == "id 6 · logprobs −2"
+    tab.page.get_by_label("Shade turns by").select_option("advantage")
+    assert tab.page.evaluate(
+        "[...document.querySelectorAll('.turn')].some(one => one.style.backgroundImage.includes('--plus'))"
+    )
+    assert tab.quiet(), tab.complaints
+
+
+def test_curves_follow_their_controls(browser: Any, report: Path) -> None:
+    tab = Tab(browser, report)
+    tab.go("curves")
+    tab.page.wait_for_selector(".uplot canvas")
+    label = "document.querySelector('.plot').getAttribute('aria-label')"
+    assert "reward/mean over steps" in tab.page.evaluate(label)
+    assert tab.page.evaluate(label).count(": from") == 2  # two seeds are one line
+    tab.page.get_by_role("button", name="each run").click()
+    assert tab.page.evaluate(label).count(": from") == 3
+    tab.page.get_by_role("button", name="seconds").click()
+    assert "over seconds" in tab.page.evaluate(label)
+    tab.page.locator(".legend button").first.click()
+    assert tab.page.evaluate(label).count(": from") == 2
+    tab.page.get_by_label("Find").fill("entropy")
+    tab.until("document.querySelectorAll('figure').length", 1)
+    assert tab.quiet(), tab.complaints
+
+
+def test_whatever_a_model_says_is_text(browser: Any, write: Write) -> None:
+    rows = [
+        episode(at, text, [turn(text, role=text[:40] or "x", seen=text, note=text)], error=text)
+        for at, text in enumerate(NASTY)
+    ]
+    folder = write(
+        episodes=[*rows, episode(9, "long", [turn("x" * LONG)])], settings={"env": NASTY[1], NASTY[0]: NASTY[2]}
+    )
+    with (folder / "episodes.jsonl").open("ab") as file:
+        file.write(
+            b'{"step": 10, "task": "bytes", "turns": [{"role": "a", "text": "\xff\xfe\\ud800"}]}\n{"step": 11, "ta'
+        )
+    assert cli.main(["report", str(folder)]) == 0
+    assert (folder / "report.html").stat().st_size < 1_000_000
+    tab = Tab(browser, folder / "report.html")
+    for view in ("overview", "settings", "episodes", *(f"episode=0.{place}" for place in range(len(NASTY) + 2))):
+        tab.go(view)
+        assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+        assert tab.page.evaluate("[window.taken, document.images.length, document.scripts.length]") == [None, 0, 6]
+    tab.go("episode=0.1")
+    assert NASTY[1] in tab.text
+    tab.go(f"episode=0.{len(NASTY)}")
+    assert f"{LONG - 6000:,} characters are left out here" in tab.text
+    assert tab.quiet(), tab.complaints
+
+
+def test_a_run_that_has_only_begun_has_a_page(browser: Any, write: Write) -> None:
+    folder = write(metrics=[])
+    assert cli.main(["report", str(folder)]) == 0
+    tab = Tab(browser, folder / "report.html")
+    for view in VIEWS:
+        tab.go(view)
+    assert tab.quiet(), tab.complaints
