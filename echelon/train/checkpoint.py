@@ -36,9 +36,10 @@ Label: TypeAlias = int | Literal["auto", "latest", "best"]
 
 MAY_CHANGE = frozenset(
     {"steps", "epochs", "max_steps", "resume", "save_every", "keep_last", "threads", "dry_run", "traceback", "out"}
-    | {"log.to", "log.project", "log.name"}
+    | {"log.to", "log.project", "log.name", "dist.strategy", "dist.reshard_after_forward", "dist.cpu_offload"}
+    | {"dist.reduce_every_pass", "dist.timeout"}
 )
-"""Settings that may differ when a run is resumed, besides those of `dist`: a checkpoint fits any number of ranks."""
+"""Settings that may differ when a run is resumed."""
 
 _STEP = re.compile(r"step_(\d{6,})")
 _UNFINISHED = ".tmp-"
@@ -376,7 +377,7 @@ def _check_config(saved: str, given: str, checkpoint: Path) -> None:
     """Raise CheckpointError if a run would continue under other settings than it began with."""
     old, new = dict(_flat(yaml.safe_load(saved))), dict(_flat(yaml.safe_load(given)))
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    if refused := [key for key in differing if key not in MAY_CHANGE and not key.startswith("dist.")]:
+    if refused := [key for key in differing if key not in MAY_CHANGE]:
         changes = ", ".join(f"{key} ({old.get(key)} → {new.get(key)})" for key in refused)
         raise CheckpointError(
             f"{checkpoint}: it was written with other settings: {changes}. A run keeps its settings. "

@@ -3,7 +3,7 @@
 Every rank runs the whole recipe. Work is divided in three places, episodes (`collect`), rewards and micro-batches
 (`Learner`), and put together in each, so that between them all ranks hold the same; rank 0 alone writes. Knows no
 recipe and no algorithm. Without a launcher (torchrun, accelerate, `echelon launch`) one process does everything, and
-torch.distributed is not imported.
+nothing of torch.distributed is used.
 """
 
 from __future__ import annotations
@@ -228,10 +228,10 @@ def sum_gradients(ranks: Ranks, weights: Sequence[Tensor]) -> None:
     there = torch.tensor([float(weight.grad is not None) for weight in weights], device=weights[0].device)
     learned = [weight for weight, some in zip(weights, ranks.sum_(there).tolist(), strict=True) if some]
     for bucket in _buckets(learned):
-        flat = torch.cat([_gradient(weight).float().flatten() for weight in bucket])
-        parts = ranks.sum_(flat).split([weight.numel() for weight in bucket])
-        for weight, part in zip(bucket, parts, strict=True):
-            weight.grad = part.view_as(weight).to(weight.dtype)
+        flat, start = ranks.sum_(torch.cat([_gradient(weight).float().flatten() for weight in bucket])), 0
+        for weight in bucket:
+            weight.grad = flat[start : start + weight.numel()].view_as(weight).to(weight.dtype)
+            start += weight.numel()
 
 
 class Sharded:
