@@ -269,15 +269,14 @@ class Sharded:
             self.root.set_reshard_after_backward(last)
 
     @torch.no_grad()
-    def take(self, *, everything: bool = False) -> None:
-        """This rank's parts of the whole module's weights as they are now: of those that learn, or of `everything`."""
+    def take(self) -> None:
+        """This rank's parts of the whole module as it is now, also of what is frozen here and may learn elsewhere."""
         from torch.distributed.tensor import distribute_tensor
 
         for part, whole in self._pairs():
-            if part.requires_grad or everything:
-                there = whole.detach().to(self.device)
-                mine = distribute_tensor(there, self.mesh, part.placements, src_data_rank=None).to_local()
-                part.to_local().copy_(mine)
+            there = whole.detach().to(self.device)
+            mine = distribute_tensor(there, self.mesh, part.placements, src_data_rank=None).to_local()
+            part.to_local().copy_(mine)
         for mine, theirs in zip(self.root.buffers(), self.original.buffers(), strict=True):
             mine.copy_(theirs)
 

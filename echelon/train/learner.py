@@ -117,7 +117,7 @@ class Learner:
             batches = dist.divided(batches, self._ranks.size)
         if self._sharded is not None:
             self._sharded.root.train()
-            if self._resident:  # others may have changed it: a head that starts at the mean return, say
+            if self._resident:  # others may have changed it: a head that starts at the mean return, a shared trunk
                 self._sharded.take()
         before = copy.copy(self.loss_scale)
         while True:
@@ -212,7 +212,7 @@ class Learner:
             )
         load_module(self.module, folder, adapter=self.adapter)
         if self._sharded is not None:
-            self._sharded.take(everything=True)
+            self._sharded.take()
         saved.load(self.optimizer, self._own_masters(), like=None if self._sharded is None else self._sharded.like)
         self.version = int(saved.counters["version"])
         if self.loss_scale is not None:

@@ -208,7 +208,7 @@ def test_two_ranks_do_what_one_process_does(
 
 @pytest.mark.dist
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-def test_learning_that_goes_on_from_what_ranks_saved_is_learning_that_went_on(two: dict[str, Any], strategy: str) -> None:
+def test_learning_goes_on_from_what_ranks_saved_as_if_it_had_gone_on(two: dict[str, Any], strategy: str) -> None:
     saved = two[strategy]["saved"]
     assert saved["again"] == saved["first"]
 
