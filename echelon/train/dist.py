@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from echelon.config import DistConfig
 from echelon.errors import ConfigError, EchelonError
+from echelon.models.lm import evaluating
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -251,14 +252,23 @@ class Sharded:
         copied = copy.deepcopy(module)
         copied.zero_grad(set_to_none=True)
         self.root: Any = _Root(copied)
-        for part in [*_layers(copied), *_odd_ones(copied)]:
-            self._shard(part, self.settings.reshard_after_forward)
-        self._shard(self.root, False)
+        self._parts: list[Any] = [*_layers(copied), *_odd_ones(copied), self.root]
+        for part in self._parts:
+            self._shard(part, self.settings.reshard_after_forward and part is not self.root)
         self.trained = [parameter for parameter in self.root.parameters() if parameter.requires_grad]
 
     def __call__(self, fn: Callable[..., Found], *args: Any) -> Found:
         """`fn(module, *args)`, with the weights it needs gathered. All ranks must call it, with the same `fn`."""
         found: Found = self.root(fn, *args)
+        return found
+
+    @torch.no_grad()
+    def read(self, fn: Callable[..., Found], *args: Any) -> Found:
+        """The same in evaluation mode, without gradient."""
+        with evaluating(self.root):
+            found = self(fn, *args)
+        for part in self._parts:
+            part.reshard()  # what stays whole for a backward pass would stay for good
         return found
 
     def before_pass(self, *, last: bool) -> None:

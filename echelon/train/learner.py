@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from echelon.config import OptimConfig
 from echelon.errors import CheckpointError, ConfigError, EchelonError
 from echelon.models import lora
-from echelon.models.lm import evaluating
 from echelon.train import dist
 from echelon.train.optimizers import LOW, LossScale, SavedOptimizer, learning_rate, make_optimizer, save_optimizer
 
@@ -166,8 +165,7 @@ class Learner:
     def read(self, fn: Callable[..., Found], *args: Any) -> Found:
         """`fn(module, *args)` with the weights of now, in evaluation mode, without gradient. All ranks must call it."""
         if self._sharded is not None and not self._resident:
-            with evaluating(self._sharded.root):
-                return self._sharded(fn, *args)
+            return self._sharded.read(fn, *args)
         self.module.eval()
         with self._speaking():
             return fn(self.module, *args)

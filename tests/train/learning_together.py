@@ -123,7 +123,8 @@ def read() -> dict[str, Any]:
         learner = Learner(model(), OPTIM, name="lm", resident=resident)
         learner.update([batch(0)], nll)
         rows = learner.evaluate(batch(1), token_logprobs, 4096)
-        found[str(resident)] = rows.sum(1).tolist()
+        learner.refresh()
+        found[str(resident)] = rows.sum(1).tolist() + summary(learner.module)
     return found
 
 
