@@ -27,6 +27,8 @@ class Sft:
     messages: list[Message]
     completion: str = ""
     """How the last message goes on, if it is only the beginning of what was said; nothing else is learned then."""
+    recorded: tuple[str, int] | None = None
+    """The episode and the step it was said in, where the row is one of control. Other steps may say the same words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,18 +127,21 @@ def read_row(cells: Mapping[str, Any], layout: Columns, schema: Schema, where: s
 
 
 def identity(row: Row) -> list[Any]:
-    """What makes two rows the same row: everything that is said, and nothing else."""
+    """What makes two rows the same row: everything that is said, and of a step of an episode which one it is."""
     if isinstance(row, Preference):
         return [row.prompt, row.chosen, row.rejected]
     if isinstance(row, Sft) and row.completion:
-        return [row.messages, row.completion]
+        return [row.messages, row.completion, *(row.recorded or ())]
     return [row.messages]
 
 
 def kinship(row: Row) -> list[Any]:
-    """What keeps rows on one side of a split: what was said before the last answer, whatever the schema."""
+    """What keeps rows on one side of a split: what was said before the last answer, whatever the schema, or the episode
+    of a recorded step."""
     if isinstance(row, Preference):
         return [row.prompt]
+    if isinstance(row, Sft) and row.recorded:
+        return [row.recorded[0]]
     return [row.messages[:-1] if isinstance(row, Sft) and not row.completion else row.messages]
 
 
@@ -166,7 +171,9 @@ def _read_completed(cells: Mapping[str, Any], where: str) -> Sft:
     messages = _conversation(cells["messages"], "messages", where)
     completion = _text(cells["completion"], "'completion'", where)
     if messages[-1]["role"] == "assistant":
-        return Sft(messages, completion)
+        episode, step = cells.get("episode"), cells.get("step")
+        recorded = (episode, step) if isinstance(episode, str) and isinstance(step, int) else None
+        return Sft(messages, completion, recorded)
     answer = [*messages, Message(role="assistant", content=completion)]
     _check_roles(answer, "messages", where)
     return Sft(answer)

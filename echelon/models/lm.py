@@ -180,7 +180,7 @@ def tiny(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = _tiny_tokenizer(corpus, vocab_size)
+    tokenizer = learned_tokenizer(corpus, vocab_size)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -198,6 +198,33 @@ def tiny(
         torch.manual_seed(seed)
         model: nn.Module = LlamaForCausalLM(config)
     return model.train(), tokenizer
+
+
+def learned_tokenizer(corpus: Sequence[str], vocab_size: int) -> Any:
+    """Byte-level BPE of at most so many tokens, or of the 256 bytes alone, learned from texts; with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=special[2:],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = TINY_CHAT_TEMPLATE
+    return tokenizer
 
 
 def token_logprobs(module: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Float[Tensor, "B T"]:
@@ -481,32 +508,6 @@ def _scores_of_any_head(
         for hidden, targets in zip(torch.split(hidden_MH, size), torch.split(targets_M, size), strict=True)
     ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-
-
-def _tiny_tokenizer(corpus: Sequence[str], vocab_size: int) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(corpus, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=special[2:],
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = TINY_CHAT_TEMPLATE
-    return tokenizer
 
 
 def enable_checkpointing(module: Any) -> None:

@@ -6,7 +6,7 @@ docs/credit.md compares them.
 """
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -246,7 +246,9 @@ def _suffix_sums(
 ) -> Float[Tensor, "*chains T"]:
     """sums[t] = x[t] + decay · sums[t+1] along the last dimension; a decay of its own for each t, or one for all."""
     sums: list[Tensor] = []
-    decays = reversed(decay.unbind(-1)) if isinstance(decay, Tensor) else itertools.repeat(decay)
+    decays: Iterable[float | Tensor] = (
+        reversed(decay.unbind(-1)) if isinstance(decay, Tensor) else itertools.repeat(decay)
+    )
     for column, kept in zip(reversed(x.unbind(-1)), decays, strict=False):
         sums.append(column + kept * sums[-1] if sums else column)
     return torch.stack(sums[::-1], -1) if sums else x.clone()

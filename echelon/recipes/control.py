@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from echelon.config import LoraConfig, ModelConfig, OptimConfig, SamplingConfig, TaskConfig, demand, require, to_yaml
 from echelon.data.packing import pack
 from echelon.envs import EnvSpec
+from echelon.envs.gymnasium import PREFIX
 from echelon.errors import ConfigError
 from echelon.models.mlp import ValueMlp
 from echelon.ops.masked import explained_variance
@@ -42,15 +44,17 @@ from echelon.rollout.control import (
     Seen,
     decisions,
     observed,
+    returns_to_go,
     with_critic,
     with_siblings,
 )
 from echelon.rollout.control_critics import Critic, Fitting, TextCritic, VectorCritic
+from echelon.rollout.control_prompts import prompt_settings
 from echelon.rollout.evaluate import rollout_metrics
 from echelon.rollout.learners import open_value
 from echelon.rollout.rewards import open_rewards, open_tasks
 from echelon.rollout.roles import Role, collect
-from echelon.rollout.setup import Actor, describe, open_actor, set_threads, task_batch
+from echelon.rollout.setup import Actor, describe, model_path, open_actor, set_threads, task_batch
 from echelon.rollout.untrained import untrained
 from echelon.seeds import derive_seed
 from echelon.train import dist
@@ -170,6 +174,7 @@ class Config(TaskConfig):
 
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, metrics.jsonl and episodes.jsonl."""
+    cfg = asked_as_learned(cfg)
     levels = open_both(cfg)
     env = open_tasks(cfg, levels.players.controller.renderer)
     rewards = open_rewards(cfg, device=cfg.model.device, tokens_per_pass=cfg.tokens_per_pass)
@@ -212,6 +217,15 @@ def main(cfg: Config) -> None:
                 log.episodes(step, episode_rows(episodes[:4], per_turn=judged.columns()))
                 if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     checkpoints.save(step + 1, parts)
+
+
+def asked_as_learned(cfg: Config) -> Config:
+    """The settings with how prompts are written: as the run that the model is of learned to read them, unless
+    env_settings say it."""
+    if not cfg.env.startswith(PREFIX) or cfg.untrained:
+        return cfg
+    written = prompt_settings(cfg.env, cfg.env_settings, folder=model_path(cfg.model.path))
+    return replace(cfg, env_settings=written)
 
 
 @dataclass(slots=True)
@@ -338,13 +352,10 @@ def judge(
     keys = [number // cfg.group_size for number, episode in enumerate(episodes) if episode.ending != "failed"]
     played = [episode for episode in episodes if episode.ending != "failed"]
     found = [decisions(played, seen, role.name, gamma=cfg.gamma) for role in levels.players.roles()]
-    nothing_E = torch.zeros(len(played))
-    earned = [
-        with_critic(level, torch.zeros_like(level.rewards_S), nothing_E, gamma=cfg.gamma, lam=1.0)[1] for level in found
-    ]
+    earned = [returns_to_go(level, gamma=cfg.gamma) for level in found]
     if critic is None:
-        how = {"gamma": cfg.gamma, "whose": cfg.credit, "scale": cfg.scale}
-        advantages = [with_siblings(level, keys, **how) for level in found]  # type: ignore[arg-type]
+        compared = partial(with_siblings, keys_E=keys, whose=cfg.credit, scale=cfg.scale)
+        advantages = [compared(level, earned_S) for level, earned_S in zip(found, earned, strict=True)]
         returns, values = earned, [torch.zeros_like(level.rewards_S) for level in found]
     else:
         critic.look(found, earned)

@@ -34,6 +34,7 @@ from echelon.models.lm import count_parameters
 from echelon.models.mlp import MlpPolicy, ValueMlp, load_policy, make_policy
 from echelon.ops import credit, losses
 from echelon.ops.masked import explained_variance, masked_whiten
+from echelon.rollout.control_critics import FORGET, fit_numbers
 from echelon.rollout.lanes import Finished, Played, Steps, episode_returns, evaluate, play_episodes, play_steps
 from echelon.rollout.setup import set_threads
 from echelon.seeds import derive_seed
@@ -332,17 +333,9 @@ def fit(cfg: Config, value: Learner, steps: Steps, *, seed: int) -> dict[str, fl
     critic = value.module
     assert isinstance(critic, ValueMlp)
     returns_N = losses.require(steps.returns_N, "returns", "Judge the steps first.")
-    critic.rescale_(returns_N, forget=0.1 if value.version else 1.0)
-    parts = [part for epoch in range(cfg.epochs) for part in shuffled(cfg, steps, seed, "value", epoch)]
-    return {f"value/{name}": number for name, number in average([value.update([p], value_loss) for p in parts]).items()}
-
-
-def value_loss(module: nn.Module, steps: Steps) -> tuple[Tensor, dict[str, float]]:
-    """Half the mean squared error, in units of the deviation of returns."""
-    assert isinstance(module, ValueMlp)
-    returns_N = losses.require(steps.returns_N, "returns", "Judge the steps first.")
-    errors_N = losses.squared_error(module(steps.observations_ND), module.compared(returns_N))
-    return 0.5 * errors_N.sum() / steps.denom, {}
+    critic.rescale_(returns_N, forget=FORGET if value.version else 1.0)
+    how = {"epochs": cfg.epochs, "minibatches": cfg.minibatches, "seed": seed}
+    return fit_numbers(value, steps.observations_ND, returns_N, **how)
 
 
 def grpo(cfg: Config, policy: Learner, lanes: Lanes, reference: nn.Module | None, step: int) -> Learned:

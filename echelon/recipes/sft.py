@@ -23,6 +23,7 @@ from echelon.errors import DataError
 from echelon.models.lm import check_masks, lays_end_to_end, token_logprobs
 from echelon.ops import losses
 from echelon.rollout.setup import Actor, describe, open_actor, set_threads
+from echelon.rollout.untrained import untrained
 from echelon.text.chat import Example
 from echelon.train.fit import StageConfig, fit, total_steps
 from echelon.train.learner import Learner
@@ -32,6 +33,9 @@ from echelon.train.learner import Learner
 class Config(StageConfig):
     """Settings of supervised fine-tuning."""
 
+    untrained: bool = False
+    """Start from random weights in the shape that model.path describes. Where that folder has no tokenizer, one is
+    learned from the rows."""
     learn: Literal["completions", "everything"] = "completions"
     """What is learned: every assistant message with its end-of-turn token, or every token of a conversation."""
     packing: bool = False
@@ -42,9 +46,9 @@ class Config(StageConfig):
 
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, the best weights on held-out rows, and metrics.jsonl."""
-    actor = open_actor(cfg.model, SamplingConfig(max_prompt_tokens=cfg.max_tokens), lora=cfg.lora, plain_template=True)
-    set_threads(cfg.threads, actor.module)
     data, notes = load_rows(cfg.data, "sft", seed=cfg.seed), list[str]()
+    actor = open_learner(cfg, data.train)
+    set_threads(cfg.threads, actor.module)
     train = tokenised(data.train, actor, cfg, notes)
     held_out = tokenised(data.held_out, actor, cfg, notes, what="held-out conversations")
     lay_out = layout(cfg, actor.module)
@@ -66,6 +70,16 @@ def main(cfg: Config) -> None:
         notes=notes,
         name="sft",
     )
+
+
+def open_learner(cfg: Config, rows: Sequence[Sft]) -> Actor:
+    """The model as it starts."""
+    sampling = SamplingConfig(max_prompt_tokens=cfg.max_tokens)
+    if not cfg.untrained:
+        return open_actor(cfg.model, sampling, lora=cfg.lora, plain_template=True)
+    texts = ["".join(message["content"] for message in row.messages) + row.completion for row in rows]
+    with untrained(cfg.model, seed=cfg.seed, texts=texts) as model:
+        return open_actor(model, sampling, lora=cfg.lora, plain_template=True)
 
 
 def loss_fn(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:

@@ -195,6 +195,13 @@ def decisions(episodes: Sequence[Episode], seen: Mapping[int, Seen], role: str, 
     return Decisions(role, turns, rewards_S, steps_S, torch.tensor(owners), torch.from_numpy(np.stack(observations)))
 
 
+def returns_to_go(level: Decisions, *, gamma: float) -> Float[Tensor, "S"]:
+    """What each decision and all that follow it earned, discounted by the steps between."""
+    nothing_S = torch.zeros_like(level.rewards_S)
+    given = (level.rewards_S, nothing_S, level.episode_S, nothing_S)
+    return credit.turn_gae(*given, gamma=gamma, lam=1.0, steps_N=level.steps_S)[1]
+
+
 def with_critic(
     level: Decisions, values_S: Float[Tensor, "S"], final_E: Float[Tensor, "E"], *, gamma: float, lam: float
 ) -> tuple[Float[Tensor, "S"], Float[Tensor, "S"]]:
@@ -205,20 +212,18 @@ def with_critic(
 
 def with_siblings(
     level: Decisions,
+    earned_S: Float[Tensor, "S"],
     keys_E: Sequence[Hashable],
     *,
-    gamma: float,
     whose: Literal["episode", "turn"],
     scale: Literal["none", "std", "batch_std"],
 ) -> Float[Tensor, "S"]:
     """Advantages over what siblings earned: of the whole episode, or from the decision with the same number on.
 
-    Siblings began in the same state. One that is over by then has nothing to go.
+    Siblings began in the same state. One that is over by then has nothing to go. `earned_S` is the return-to-go.
     """
-    nothing_S, nothing_E = torch.zeros_like(level.rewards_S), torch.zeros(len(keys_E))
-    to_go_S = with_critic(level, nothing_S, nothing_E, gamma=gamma, lam=1.0)[1]
     if whose == "turn":
-        return credit.same_turn_baseline(to_go_S, level.episode_S, keys_E, scale=scale)
+        return credit.same_turn_baseline(earned_S, level.episode_S, keys_E, scale=scale)
     first_S = torch.ones_like(level.episode_S, dtype=torch.bool)
     first_S[1:] = level.episode_S[1:] != level.episode_S[:-1]
-    return credit.group_baseline(to_go_S[first_S], keys_E, scale=scale)[level.episode_S]
+    return credit.group_baseline(earned_S[first_S], keys_E, scale=scale)[level.episode_S]

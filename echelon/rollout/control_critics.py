@@ -19,6 +19,7 @@ from echelon.config import OptimConfig
 from echelon.data.packing import pack
 from echelon.models.heads import TokenValue
 from echelon.models.mlp import ValueMlp
+from echelon.ops import losses
 from echelon.rollout.control import Decisions, Seen
 from echelon.seeds import derive_seed
 from echelon.train.learner import Learner, average
@@ -26,7 +27,7 @@ from echelon.train.value import before_turns, state_values, update_value, values
 from echelon.types import Episode
 
 FORGET = 0.1
-"""How far the scale of returns moves towards those of a step."""
+"""How far the scale of returns moves towards those of a step, the first time excepted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +91,30 @@ class VectorCritic:
 
     def fit(self, levels: Sequence[Decisions], returns: Sequence[Float[Tensor, "S"]], *, seed: int) -> dict[str, float]:
         """Half the mean squared error, in random mini-batches."""
-        observations_SO = torch.cat([level.observations_SO for level in levels])
-        returns_S = torch.cat(list(returns))
-        logged = []
-        for epoch in range(self.fitting.epochs):
-            draw = torch.Generator().manual_seed(derive_seed(seed, "value", epoch))
-            for rows in torch.randperm(len(returns_S), generator=draw).chunk(self.fitting.minibatches):
-                part = _Rows(observations_SO[rows], returns_S[rows])
-                logged.append(self.learner.update([part], _squared_error))
-        return {f"value/{name}": number for name, number in average(logged).items()}
+        observations_SO, returns_S = torch.cat([level.observations_SO for level in levels]), torch.cat(list(returns))
+        with torch.no_grad():
+            expected = self.module.values(observations_SO).mean().item()
+        how = {"epochs": self.fitting.epochs, "minibatches": self.fitting.minibatches, "seed": seed}
+        logged = fit_numbers(self.learner, observations_SO, returns_S, **how)
+        return {"value/mean": expected, "value/return": returns_S.mean().item(), **logged}
+
+
+def fit_numbers(
+    value: Learner,
+    observations_SO: Float[Tensor, "S O"],
+    returns_S: Float[Tensor, "S"],
+    *,
+    epochs: int,
+    minibatches: int,
+    seed: int,
+) -> dict[str, float]:
+    """Move the values of a `ValueMlp` towards returns, in random mini-batches; what to log, under "value/"."""
+    logged = []
+    for epoch in range(epochs):
+        draw = torch.Generator().manual_seed(derive_seed(seed, "value", epoch))
+        for rows in torch.randperm(len(returns_S), generator=draw).chunk(minibatches):
+            logged.append(value.update([_Rows(observations_SO[rows], returns_S[rows])], _squared_error))
+    return {f"value/{name}": number for name, number in average(logged).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +129,10 @@ class _Rows:
 
 
 def _squared_error(module: nn.Module, rows: Any) -> tuple[Tensor, dict[str, float]]:
+    """Half the mean of it, in units of the deviation of returns."""
     assert isinstance(module, ValueMlp)
-    found_S, wanted_S = module(rows.observations_SO), module.compared(rows.returns_S)
-    means = {"mean": module.values(rows.observations_SO).mean().item(), "return": rows.returns_S.mean().item()}
-    return 0.5 * (found_S - wanted_S).square().mean(), means
+    errors_S = losses.squared_error(module(rows.observations_SO), module.compared(rows.returns_S))
+    return 0.5 * errors_S.mean(), {}
 
 
 class TextCritic:

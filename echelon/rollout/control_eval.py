@@ -23,6 +23,7 @@ from echelon.config import ModelConfig, PlayConfig, SamplingConfig, Settings, de
 from echelon.data.control import CODEC
 from echelon.envs import EnvSpec, load_env
 from echelon.envs._shared import Player
+from echelon.envs.gymnasium import PREFIX
 from echelon.envs.players import make_player
 from echelon.errors import ConfigError, DataError
 from echelon.models.mlp import MlpPolicy, load_policy
@@ -44,7 +45,6 @@ from echelon.sampling.endpoint import check_endpoint, open_endpoint
 from echelon.text.codec import Codec
 from echelon.types import Episode, Message, SamplingParams, Task
 
-PREFIX = "gymnasium:"
 EPISODES, LONGEST = 10, 10_000
 """Where nobody says how many, and how long: an episode ends by itself, or at its horizon."""
 ANSWER_TOKENS = 256

@@ -333,6 +333,16 @@ def test_a_completion_goes_on_with_the_last_message_or_is_one_of_its_own() -> No
     assert own == Sft([OPENED[0], said("left")])
 
 
+def test_a_step_of_an_episode_is_a_row_of_its_own_and_stays_with_its_episode() -> None:
+    cells = {"messages": OPENED, "completion": "left</go>", "episode": "a", "step": 3}
+    layout = find_layout(cells, "sft", "f:1")
+    one, later, other = (
+        read_row({**cells, **place}, layout, "sft", "f:1") for place in ({}, {"step": 4}, {"episode": "b"})
+    )
+    assert len({str(identity(row)) for row in (one, later, other)}) == 3
+    assert (kinship(one), kinship(later), kinship(other)) == (["a"], ["a"], ["b"])
+
+
 def test_a_prompt_keeps_the_beginning_of_its_answer_where_a_completion_says_that_it_is_one() -> None:
     cells = {"messages": OPENED, "completion": "left</go>"}
     row = read_row(cells, find_layout(cells, "prompt", "f:1"), "prompt", "f:1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ from echelon.errors import ConfigError
 from echelon.models.lm import tiny
 from echelon.recipes import control
 from echelon.recipes.control import Config, judge, open_both, open_critic
-from echelon.rollout.control import CONTROLLER, PLANNER, Controllers, Seen, decisions, goal_in, with_goal, with_siblings
+from echelon.rollout.control import (
+    CONTROLLER,
+    PLANNER,
+    Controllers,
+    Seen,
+    decisions,
+    goal_in,
+    returns_to_go,
+    with_goal,
+    with_siblings,
+)
 from echelon.rollout.rewards import open_tasks
 from echelon.rollout.roles import Role, collect
 from echelon.sampling.scripted import ScriptedSampler
@@ -85,11 +96,12 @@ def test_a_step_earns_its_own_reward_and_an_answer_that_is_asked_again_takes_no_
 
 def test_siblings_are_compared_from_the_same_decision_on_or_as_a_whole() -> None:
     level = decisions(*planned(), PLANNER, gamma=0.5)
-    how: dict[str, Any] = {"gamma": 0.5, "scale": "none"}
+    earned_S = returns_to_go(level, gamma=0.5)
+    siblings = partial(with_siblings, level, earned_S, scale="none")
     first = 2 + 0.25 * 8
-    assert with_siblings(level, [0, 0], whose="episode", **how).tolist() == [first - 4, first - 4, 4 - first]
-    assert with_siblings(level, [0, 1], whose="episode", **how).tolist() == [0.0, 0.0, 0.0]
-    assert with_siblings(level, [0, 0], whose="turn", **how).tolist() == [0.0, 8 - 4, 0.0]  # one of two had none to go
+    assert siblings([0, 0], whose="episode").tolist() == [first - 4, first - 4, 4 - first]
+    assert siblings([0, 1], whose="episode").tolist() == [0.0, 0.0, 0.0]
+    assert siblings([0, 0], whose="turn").tolist() == [0.0, 8 - 4, 0.0]  # one of two had none to go
 
 
 def test_a_goal_is_the_paragraph_before_the_observation_as_the_codec_writes_it() -> None:

@@ -27,6 +27,7 @@ from echelon.envs.experts import expert
 from echelon.models.lm import tiny
 from echelon.models.mlp import make_policy
 from echelon.recipes.sft import loss_fn
+from echelon.rollout.candidates import run_settings
 from echelon.text.chat import Example, Renderer
 from echelon.train.learner import Learner
 from tests.recipes.conftest import Train
@@ -284,6 +285,13 @@ def test_what_control_data_wrote_and_sft_learned_is_what_evaluation_asks(
         seen = np.array(next(actions)["observation"], dtype=np.float32)
         prompt = made.codec.prompt(seen, system=made.settings.system, examples=made.settings.examples)
         assert turn["seen"].endswith("".join(message["content"] for message in prompt[1:]))
+
+    fly = ("--env", "gymnasium:CartPole-v1", "--env-settings", "horizon=3", "--steps", 1, "--tasks-per-step", 2)
+    run = train("control", *fly, "--model.path", tmp_path / "sft", "--method", "grpo", "--group-size", 2, name="flown")
+    trained = run_settings(run.out / "checkpoints" / "step_000001")
+    flown = load_env(trained["env"], trained["env_settings"]).cls
+    assert flown.codec.to_json() == made.codec.to_json()
+    assert (flown.settings.system, flown.settings.examples) == (made.settings.system, made.settings.examples)
 
 
 def test_a_planner_that_was_trained_above_a_controller_sets_its_goals(evaluate: Evaluate, tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ FEWER = {
     "tosca": [*PLAYS, "--episodes-per-step", "4", "--high-updates", "1", "--high-batch", "4", "--eval-every", "0"],
 }
 """What is cut, by recipe."""
+WRITTEN = {"cartpole_bins": ["style=bins", "bins=99", "instruction="]}
+"""Settings of environments that a flag would replace."""
 TINY_LEVELS = [
     *("--solver.model.path", "models/base", "--solver.model.dtype", "float32", "--solver.sampling.max-tokens", "8"),
     *("--coach.model.dtype", "float32", "--coach.sampling.max-tokens", "8"),
@@ -95,7 +97,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "runs/best_language/sft",
         "runs/text_lock/sft",
         "runs/cartpole/sft",
-        "runs/pendulum/sft",
+        "runs/cartpole/medium",
+        "runs/mountain_car/medium",
+        "runs/pendulum/medium",
         "runs/dialogue/sft",
         "runs/arithmetic/solver",
         "runs/arithmetic/coach",
@@ -110,9 +114,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run("reward", ROOT / "configs/reward/tiny.yaml", "runs/reward")
-        for name in ("cartpole_expert", "cartpole_medium"):
-            words = ["control-data", str(ROOT / f"configs/control_data/{name}.yaml"), "--out", f"data/{name}"]
-            assert cli.main([*words, "--episodes", "4", "--env-settings", "horizon=8"]) == 0
+        recorded_as = {"cartpole_expert": "cartpole_expert", "cartpole_medium": "cartpole_medium"}
+        for name, place in (recorded_as | {"cartpole_bins": "cartpole/expert"}).items():
+            words = ["control-data", str(ROOT / f"configs/control_data/{name}.yaml"), "--out", f"data/{place}"]
+            assert cli.main([*words, "--episodes", "4", "--env-settings", *WRITTEN.get(name, []), "horizon=8"]) == 0
         words = ["sft", str(ROOT / "configs/sft/twenty_questions.yaml"), "--lora.rank", "4", *STAGE]
         assert cli.main([*words, "--out", "runs/twenty_questions/sft_lora"]) == 0
         words = ["evaluate", "--player", "random", "--env", "twenty_questions", "--env-settings", "subset=true"]

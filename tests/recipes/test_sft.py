@@ -50,6 +50,35 @@ def test_a_run_learns_and_leaves_a_model_that_loads(train, told: list[str]) -> N
     assert load_lm(str(folder), device="cpu").config.hidden_size == 32
 
 
+def test_a_run_may_begin_with_a_shape_alone_and_learns_its_tokens_from_the_rows(
+    train, conversations: Path, tmp_path: Path
+) -> None:
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (shape / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300, **sizes}))
+    told = ("--untrained", "--model.path", shape, "--data.path", conversations, "--max-steps", 3)
+    first, again, other = (
+        train("sft", *told, "--seed", seed, name=f"{name}") for name, seed in zip("abc", (1, 1, 2), strict=True)
+    )
+    assert first.rows() == again.rows() != other.rows()
+    folder = find_checkpoint(first.out)
+    tokenizer = load_tokenizer(str(folder))
+    assert 261 < len(tokenizer) <= 300, "the bytes, and words of the rows"
+    module = load_lm(str(folder), device="cpu")
+    assert module.get_input_embeddings().weight.shape == (len(tokenizer), 16)
+    assert module.config.eos_token_id == tokenizer.eos_token_id == tokenizer.encode("<|end|>")[0]
+
+
+def test_a_tokenizer_that_is_there_stays(train, told: list[str], untrained: Path) -> None:
+    run = train("sft", *told, "--untrained", "--max-steps", 1)
+    start = run.out / "checkpoints" / "step_000000" / "actor"
+    folder = start if start.is_dir() else find_checkpoint(run.out)
+    assert load_tokenizer(str(folder)).get_vocab() == load_tokenizer(str(untrained)).get_vocab()
+    given, begun = (load_lm(str(place), device="cpu").get_input_embeddings().weight for place in (untrained, folder))
+    assert (given - begun).abs().mean() > 0.01, "the weights are others"
+
+
 def test_the_loss_is_that_of_the_assistants_words_and_end_tokens_alone(untrained: Path) -> None:
     module, tokenizer = load_lm(str(untrained), device="cpu"), load_tokenizer(str(untrained))
     said = [("user", "Guess."), ("assistant", "2"), ("user", "Higher."), ("assistant", "3")]
