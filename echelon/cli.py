@@ -32,6 +32,8 @@ recipes
 
 also
   echelon <recipe> --help     every setting of a recipe
+  echelon launch --nproc N <recipe> ...
+                              a recipe on several ranks that train together
   echelon list                the recipes
   echelon doctor              versions, device, threads and extras of this installation
   echelon --version
@@ -71,10 +73,12 @@ def main(argv: Sequence[str] | None = None, *, package: str = "echelon.recipes")
     words = list(sys.argv[1:] if argv is None else argv)
     everything = "--traceback" in words
     try:
-        _dispatch([word for word in words if word != "--traceback"], package)
+        said = words if words[:1] == ["launch"] else [word for word in words if word != "--traceback"]
+        status = _dispatch(said, package)
         sys.stdout.flush()
     except EchelonError as error:
-        print(traceback.format_exc() if everything else " ".join(str(error).split()), file=sys.stderr)
+        if line := " ".join(str(error).split()):  # it is empty where another rank has said it
+            print(traceback.format_exc() if everything else line, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(traceback.format_exc() if everything else "interrupted", file=sys.stderr)
@@ -82,7 +86,7 @@ def main(argv: Sequence[str] | None = None, *, package: str = "echelon.recipes")
     except BrokenPipeError:  # the reader has seen enough; keep the interpreter from flushing into it once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return status
 
 
 def recipes(package: str = "echelon.recipes") -> dict[str, str]:
@@ -99,7 +103,8 @@ def recipes(package: str = "echelon.recipes") -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _dispatch(words: list[str], package: str) -> None:
+def _dispatch(words: list[str], package: str) -> int:
+    """Run what is asked for; the exit status."""
     command, rest = (words[0], words[1:]) if words else ("--help", [])
     if command in ("--help", "-h", "help"):
         print(USAGE.format(recipes=_table(recipes(package))))
@@ -109,17 +114,20 @@ def _dispatch(words: list[str], package: str) -> None:
         print(_table(recipes(package)))
     elif command == "doctor":
         print(_table(_health()))
+    elif command == "launch":
+        return importlib.import_module("echelon.train.launcher").launch(rest)  # type: ignore[no-any-return]
     elif command.startswith("-"):
         raise ConfigError(f"unknown flag '{command}'. The recipe comes first: echelon <recipe> {' '.join(words)}")
     else:
         _run(command.replace("_", "-"), rest, package)
+    return 0
 
 
 def _run(recipe: str, words: list[str], package: str) -> None:
     """Resolve the recipe's settings from files, which come first, and flags; then run it."""
     known = recipes(package)
     if recipe not in known:
-        meant = did_you_mean(recipe, [*known, "list", "doctor"])
+        meant = did_you_mean(recipe, [*known, "list", "doctor", "launch"])
         raise ConfigError(f"unknown recipe '{recipe}'.{meant} There are: {', '.join(known)}.")
     from echelon import config
 
@@ -133,7 +141,27 @@ def _run(recipe: str, words: list[str], package: str) -> None:
         files, flags = _take_folder(folder, files, flags)
     if folders := getattr(module, "FOLDERS", None):
         files, flags = _take_folders(folders, files, flags)
-    module.main(config.load(module.Config, files, flags))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun and others like it set them
+        _run_rank(recipe, module, files, flags)
+    else:
+        module.main(config.load(module.Config, files, flags))
+
+
+def _run_rank(recipe: str, module: Any, files: list[str], flags: list[str]) -> None:
+    """The same as one of several processes. What is wrong with the settings is said by rank 0 alone."""
+    from echelon import config
+    from echelon.train import dist
+
+    try:
+        settings = config.load(module.Config, files, flags)
+        if not isinstance(settings, config.TrainConfig):
+            raise ConfigError(f"{recipe} is work for one process. Run it without torchrun and without echelon launch.")
+    except EchelonError as error:
+        if os.environ["RANK"] == "0":
+            raise
+        raise dist.SaidElsewhere from error
+    with dist.joined(settings.dist):
+        module.main(settings)
 
 
 def _take_folder(setting: str, files: list[str], flags: list[str]) -> tuple[list[str], list[str]]:

@@ -259,6 +259,38 @@ class LogConfig:
                 need(tracker, tracker)
 
 
+@dataclass(frozen=True)
+class DistConfig:
+    """How several processes, the ranks that `torchrun` or `echelon launch` starts, train together. One process, started
+    without them, reads none of it."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every rank has all of what learns, and gradients are summed. fsdp: every rank has a part of each weight, of
+    its gradient and of the optimizer's state (FSDP2)."""
+    reshard_after_forward: bool = True
+    """Give the gathered weights of a layer back once its forward pass is done, and gather them again to go backward
+    (fsdp): ZeRO-3. Off they stay until the backward passes are done: ZeRO-2, more memory and less communication."""
+    cpu_offload: bool = False
+    """Keep the parts of weights, gradients and optimizer state in the memory of the host (fsdp, on a GPU)."""
+    compute_dtype: Literal["same", "bfloat16"] = "same"
+    """What layers compute in while learning (fsdp); the parts stay in the type of model.dtype. same computes in it."""
+    reduce_dtype: Literal["float32", "same"] = "float32"
+    """What gradients are summed in, over micro-batches and over ranks (fsdp)."""
+    reduce_every_pass: bool = False
+    """Sum gradients over ranks after every micro-batch rather than after the last one (fsdp): more communication, and
+    no rank holds whole gradients in between."""
+    timeout: float = 1800.0
+    """Seconds that a rank waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        sharded = self.strategy == "fsdp"
+        for name in ("cpu_offload", "reduce_every_pass"):
+            demand(self, name, sharded or not getattr(self, name), "only parts can be so. Set dist.strategy to fsdp.")
+        because = "ddp computes in the type of the weights. Set model.dtype, or dist.strategy to fsdp."
+        demand(self, "compute_dtype", sharded or self.compute_dtype == "same", because)
+        demand(self, "timeout", 0 < self.timeout < math.inf, "others need time to arrive. Give 1800.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CommandConfig:
     """What every command has. A Config inherits it; its `__post_init__` calls `super().__post_init__()` first."""
@@ -295,6 +327,14 @@ class RunConfig(CommandConfig):
         require(self, "out")
         demand(self, "save_every", self.save_every >= 0, "it counts steps. Give 0 to save at the end only.")
         demand(self, "keep_last", self.keep_last >= 1, "a run with no checkpoint cannot be resumed. Keep at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """The same for what several processes can learn together."""
+
+    dist: DistConfig = DistConfig()
+    """How the ranks of a run work together, where there are several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,7 +382,7 @@ class PlayConfig(CommandConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig(PlayConfig, RunConfig):
+class TaskConfig(PlayConfig, TrainConfig):
     """The same for a policy that learns by trying."""
 
 

@@ -16,6 +16,7 @@ import pytest
 from echelon import cli
 from echelon.config import _scalar, _settings, load
 from echelon.train.checkpoint import MAY_CHANGE
+from echelon.train.launcher import _parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -200,7 +201,8 @@ def commands(page: Path) -> list[list[str]]:
     """Every `echelon <recipe> …` line in the blocks of code of a page."""
     blocks = FENCE.findall(page.read_text(encoding="utf-8"))
     lines = [line.partition("#")[0].split() for block in blocks for line in block.splitlines()]
-    return [words[1:] for words in lines if words[:1] == ["echelon"] and len(words) > 1]
+    found = [words[1:] for words in lines if words[:1] == ["echelon"] and len(words) > 1]
+    return [_parse(words[1:])[1] if words[0] == "launch" else words for words in found]
 
 
 @every_page

@@ -29,9 +29,9 @@ from echelon.config import (
     LoraConfig,
     ModelConfig,
     OptimConfig,
-    RunConfig,
     SamplingConfig,
     Settings,
+    TrainConfig,
     demand,
     require,
     to_yaml,
@@ -61,7 +61,7 @@ from echelon.types import Episode, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(TrainConfig):
     """Settings of ArCHer."""
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -57,6 +57,7 @@ from echelon.rollout.roles import Role, collect
 from echelon.rollout.setup import Actor, describe, model_path, open_actor, set_threads, task_batch
 from echelon.rollout.untrained import untrained
 from echelon.seeds import derive_seed
+from echelon.train import dist
 from echelon.train.checkpoint import Checkpoints, Saveable
 from echelon.train.learner import Learner, Weights
 from echelon.train.log import Log, episode_rows
@@ -203,7 +204,7 @@ def main(cfg: Config) -> None:
                 chosen = task_batch(tasks, step, cfg.tasks_per_step, seed=cfg.seed)
                 siblings, budget = cfg.group_size, cfg.error_budget
                 episodes = asyncio.run(collect(chosen, play, seed=seed, siblings=siblings, error_budget=budget))
-                given, seen = rewards.add(episodes), levels.players.take()
+                given, seen = rewards.add(episodes), dist.union(levels.players.take())
 
                 judged = judge(cfg, levels, critic, episodes, seen)
                 learned = judged.metrics | fit(cfg, critic, judged, seed=seed)

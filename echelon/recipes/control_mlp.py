@@ -26,7 +26,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from echelon.config import OptimConfig, RunConfig, Settings, demand, require, to_yaml
+from echelon.config import OptimConfig, Settings, TrainConfig, demand, require, to_yaml
 from echelon.data.control import read_arrays
 from echelon.envs.vector import Lanes
 from echelon.errors import ConfigError, DataError
@@ -45,7 +45,7 @@ from echelon.train.log import Log
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(TrainConfig):
     """Settings of control by perceptrons."""
 
     env: str = ""

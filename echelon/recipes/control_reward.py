@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from echelon.config import OptimConfig, RunConfig, demand, require, to_yaml
+from echelon.config import OptimConfig, TrainConfig, demand, require, to_yaml
 from echelon.data.control import CODEC, read_arrays, read_codec
 from echelon.errors import DataError
 from echelon.models.lm import pick_device
@@ -29,7 +29,7 @@ from echelon.train.log import Log
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(TrainConfig):
     """Settings of a reward model of control."""
 
     data: str = ""

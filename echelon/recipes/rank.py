@@ -40,6 +40,7 @@ from echelon.rollout.setup import Actor, describe, open_actor, set_threads, task
 from echelon.sampling.candidates import Chooser, Offer, lay_candidates, q_of, q_values, ranker_score
 from echelon.seeds import derive_seed
 from echelon.text.chat import Example
+from echelon.train import dist
 from echelon.train.checkpoint import Checkpoints, Saveable
 from echelon.train.learner import Learner, Weights, average
 from echelon.train.log import Log, episode_rows
@@ -180,7 +181,7 @@ def main(cfg: Config) -> None:
                 )
                 chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
                 episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
-                given, offers = rewards.add(episodes), chooser.take()
+                given, offers = rewards.add(episodes), dist.union(chooser.take())
                 played = [episode for episode in episodes if episode.ending != "failed"]
                 found = [choices(episode, offers) for episode in played]
                 levels.replay.add(found)

@@ -53,7 +53,9 @@ def main(cfg: Config) -> None:
     held_out = tokenised(data.held_out, actor, cfg, notes, what="held-out conversations")
     lay_out = layout(cfg, actor.module)
     steps = total_steps(cfg, len(train))
-    learner = Learner(actor.module, cfg.optim, total_steps=steps, name="actor", tokenizer=actor.tokenizer)
+    learner = Learner(
+        actor.module, cfg.optim, total_steps=steps, name="actor", tokenizer=actor.tokenizer, resident=False
+    )
     if cfg.dry_run:
         print(*notes, sep="\n", end="\n" if notes else "")
         return describe({"actor": actor.module}, tokens_per_step=cfg.rows_per_step * cfg.max_tokens)

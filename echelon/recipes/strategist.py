@@ -46,6 +46,7 @@ from echelon.rollout.setup import Actor, describe, open_actor, set_threads
 from echelon.text.dialogue import Inventory, inventory
 from echelon.text.endpoint import Unanswered, shared_endpoint
 from echelon.text.metrics import StrategyScores, strategy_scores
+from echelon.train import dist
 from echelon.train.fit import StageConfig, fit, total_steps
 from echelon.train.learner import load_module
 from echelon.train.strategy import StrategyConfig, Upper, ValueConfig
@@ -147,7 +148,7 @@ def main(cfg: Config) -> None:
         notes=[*notes, *more_notes],
         name="strategist",
     )
-    if held_out:
+    if held_out and dist.writes():
         load_module(actor.module, Path(cfg.out) / "best")
         report(upper, held_out, Path(cfg.out))
 

@@ -55,6 +55,7 @@ from echelon.rollout.setup import Actor, describe, set_threads, task_batch
 from echelon.sampling.candidates import Offer
 from echelon.seeds import derive_seed
 from echelon.text.dialogue import Inventory
+from echelon.train import dist
 from echelon.train.checkpoint import Checkpoints, Saveable
 from echelon.train.learner import average
 from echelon.train.log import Log, episode_rows
@@ -228,7 +229,7 @@ def main(cfg: Config) -> None:
                 exploring = explore(cfg, step, players)
                 chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
                 episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
-                given, offers = rewards.add(episodes), players.take()
+                given, offers = rewards.add(episodes), dist.union(players.take())
                 told = dialogue_metrics(episodes, offers, players.inventory if players.strategist else None)
 
                 learned, columns = learn(cfg, step, levels, episodes, offers)
@@ -458,6 +459,6 @@ def evaluate(cfg: Config, step: int, levels: Levels, env: EnvSpec) -> dict[str, 
     play = players.play(env.make, max_turns=cfg.max_turns)
     seed = derive_seed(cfg.seed, "evaluation")
     episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
-    told = dialogue_metrics(episodes, players.take(), players.inventory if players.strategist else None)
+    told = dialogue_metrics(episodes, dist.union(players.take()), players.inventory if players.strategist else None)
     levels.publish()
     return {f"eval/{name}": number for name, number in told.items()}

@@ -44,6 +44,7 @@ from echelon.text.chat import Renderer
 from echelon.text.codec import Codec
 from echelon.text.endpoint import shared_endpoint
 from echelon.text.parse import program_in
+from echelon.train import dist
 from echelon.types import Episode, Message, Turn
 
 RESERVED = ("mean", "std")
@@ -97,13 +98,16 @@ class Rewards:
 
         `info["parsed"]` of a turn becomes 0 where a verifier could read no answer in it, and 1 where all could. Returns
         "reward/<name>", the mean of what that source gave before weighing, and "reward/<name>/std" (0 where it
-        abstained throughout). Raises DataError, naming the source and the task, for anything but finite numbers.
+        abstained throughout). Raises DataError, naming the source and the task, for anything but finite numbers. Of
+        several ranks each judges its share.
         """
         played = [episode for episode in episodes if episode.ending != "failed" and episode.turns]
         pairs = [(e, turn) for e in played for turn in (e.of(role) if role else e.turns[-1:])]
         if not self.rewards or not pairs:
             return {}
-        given = run_sync(self._judge([answer_in(episode, turn) for episode, turn in pairs]))
+        asked = [answer_in(episode, turn) for episode, turn in pairs[dist.share(len(pairs))]]
+        by_answer = [list(one) for one in zip(*run_sync(self._judge(asked)), strict=True)] if asked else []
+        given = [list(each) for each in zip(*dist.together(by_answer), strict=True)]
         for (_, turn), verdict in zip(pairs, self._verdicts(given), strict=True):
             turn.reward += verdict.reward
             if verdict.parsed is not None:

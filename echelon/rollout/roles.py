@@ -14,6 +14,7 @@ from echelon.data.packing import Sampled
 from echelon.errors import EchelonError, RolloutError
 from echelon.seeds import derive_seed
 from echelon.text.chat import Renderer
+from echelon.train import dist
 from echelon.types import Episode, Message, Play, Sampler, SamplingParams, Task, Turn
 
 
@@ -95,7 +96,8 @@ async def collect(
     """Play every task `siblings` times, all at once; the episodes come in task order, siblings together.
 
     An episode in which something raises becomes `failed`, with the error on it, and the others go on. More failures
-    than `error_budget` (a fraction of the episodes) is a RolloutError that shows the first one.
+    than `error_budget` (a fraction of the episodes) is a RolloutError that shows the first one. Of several ranks each
+    plays its share, and all get all episodes.
     """
     episodes = [
         Episode(task=task.id, seed=derive_seed(seed, number, task.id, sibling), data=task.data)
@@ -103,7 +105,8 @@ async def collect(
         for sibling in range(siblings)
     ]
     repeated = [task for task in tasks for _ in range(siblings)]
-    plays = [asyncio.ensure_future(_play(play, *pair)) for pair in zip(repeated, episodes, strict=True)]
+    mine = dist.share(len(episodes))
+    plays = [asyncio.ensure_future(_play(play, *pair)) for pair in zip(repeated[mine], episodes[mine], strict=True)]
     try:
         await asyncio.gather(*plays)
     except BaseException:
@@ -111,6 +114,7 @@ async def collect(
             running.cancel()
         await asyncio.gather(*plays, return_exceptions=True)
         raise
+    episodes = dist.together(episodes[mine])
     failed = [episode for episode in episodes if episode.ending == "failed"]
     if len(failed) > error_budget * len(episodes):
         raise RolloutError(
@@ -121,9 +125,10 @@ async def collect(
 
 
 async def answer_all(role: Role, states: Sequence[list[int]], *, seed: int) -> list[Sampled]:
-    """One fresh action of the role in each state (token ids), outside any episode."""
-    drawn = [replace(role.params, seed=derive_seed(seed, number)) for number in range(len(states))]
-    said = await asyncio.gather(*(role.sampler.sample(s, params) for s, params in zip(states, drawn, strict=True)))
+    """One fresh action of the role in each state (token ids), outside any episode; each rank draws its share."""
+    drawn, mine = [replace(role.params, seed=derive_seed(seed, n)) for n in range(len(states))], dist.share(len(states))
+    asked = zip(states[mine], drawn[mine], strict=True)
+    said = dist.together(await asyncio.gather(*(role.sampler.sample(state, params) for state, params in asked)))
     return [Sampled(state, c.tokens, c.logprobs) for state, c in zip(states, said, strict=True)]
 
 

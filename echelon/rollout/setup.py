@@ -24,6 +24,7 @@ from echelon.sampling.local import LocalSampler
 from echelon.sampling.vllm import VllmSampler
 from echelon.seeds import derive_seed
 from echelon.text.chat import Renderer, set_up_template
+from echelon.train import dist
 from echelon.train.checkpoint import Label, find_checkpoint
 from echelon.types import Sampler, SamplingParams
 
@@ -129,10 +130,12 @@ def set_threads(threads: int, module: nn.Module | None = None) -> None:
     """CPU threads for tensor work, and memory that is used again.
 
     0 takes one thread for each half million parameters of the module that learns, at most the processor's cores that
-    are this process's to use; without a module, one. A small model loses more in waiting for other threads than they
-    compute.
+    are this process's to use, or its share of them beside other ranks; without a module, one. A small model loses more
+    in waiting for other threads than they compute.
     """
-    wanted = threads or min(usable_cores(), max(1, count_parameters(module) // 500_000 if module else 1))
+    wanted = threads or min(
+        max(1, usable_cores() // dist.neighbours()), max(1, count_parameters(module) // 500_000 if module else 1)
+    )
     if torch.get_num_threads() != wanted:
         torch.set_num_threads(wanted)
     keep_freed_memory()

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TypeAlias
+from typing import Any, Literal, Protocol, Self, TypeAlias, runtime_checkable
 
 import torch
 import yaml
@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from echelon.errors import CheckpointError, ConfigError
+from echelon.train import dist
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -35,7 +36,8 @@ Label: TypeAlias = int | Literal["auto", "latest", "best"]
 
 MAY_CHANGE = frozenset(
     {"steps", "epochs", "max_steps", "resume", "save_every", "keep_last", "threads", "dry_run", "traceback", "out"}
-    | {"log.to", "log.project", "log.name"}
+    | {"log.to", "log.project", "log.name", "dist.strategy", "dist.reshard_after_forward", "dist.cpu_offload"}
+    | {"dist.reduce_every_pass", "dist.timeout"}
 )
 """Settings that may differ when a run is resumed."""
 
@@ -57,8 +59,20 @@ class Saveable(Protocol):
         ...
 
 
+@runtime_checkable
+class Attends(Protocol):
+    """A part that ranks hold in pieces: those that do not save must be there when it is saved."""
+
+    def attend(self) -> None:
+        """Give what this rank holds to the one that saves."""
+        ...
+
+
 class Checkpoints:
     """A run directory, claimed by this process, and the checkpoints in it.
+
+    Of several ranks rank 0 claims it and writes whole weights and optimizers, which the others help to gather; all
+    read.
 
     A recipe saves step 0 before it trains, so everything that has metrics has a checkpoint: a run killed before that is
     simply started again, and one killed later is resumed. While it is open no other process can claim the directory.
@@ -75,6 +89,13 @@ class Checkpoints:
         self.folder = folder
         self._home = folder / "checkpoints"
         self._config_yaml, self._keep_last = config_yaml, keep_last
+        self._lock: int | None = None
+        if dist.writes():
+            self._open(resume)
+        dist.wait()
+
+    def _open(self, resume: bool) -> None:
+        folder = self.folder
         if resume and not self._home.is_dir():
             raise _nothing_to_resume(folder)
         try:
@@ -109,6 +130,11 @@ class Checkpoints:
         and other input or output errors; what a part raises otherwise passes through.
         """
         final = self._home / f"step_{step:06d}"
+        if not dist.writes():
+            for part in parts.values():
+                if isinstance(part, Attends):
+                    part.attend()
+            return final
         unfinished = self._home / (_UNFINISHED + final.name)
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -136,7 +162,7 @@ class Checkpoints:
         save removes it. Raises CheckpointError if none is whole, if a part is missing, or if the config differs in a
         setting that must not change within a run (`MAY_CHANGE` may; `steps` grows to train longer).
         """
-        path = _newest_whole(self._home)
+        path = dist.agreed(lambda: _newest_whole(self._home))
         manifest = _read_manifest(path)
         if missing := sorted(set(parts) - set(manifest["parts"])):
             raise CheckpointError(
@@ -147,7 +173,9 @@ class Checkpoints:
         for name, part in parts.items():
             part.load(path / name)
         _set_random_state(load_file(path / "rng.safetensors"))  # last: loading may draw numbers
-        return int(manifest["step"]), json.loads((path / "extra.json").read_text(encoding="utf-8"))
+        extra = json.loads((path / "extra.json").read_text(encoding="utf-8"))
+        dist.wait()  # the next save may remove what another rank still reads
+        return int(manifest["step"]), extra
 
     def close(self) -> None:
         """Let other processes have the directory; harmless when repeated."""

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from echelon.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, demand, require, to_yaml
+from echelon.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig, demand, require, to_yaml
 from echelon.errors import CheckpointError
 from echelon.seeds import derive_seed
+from echelon.train import dist
 from echelon.train.checkpoint import Checkpoints, Saveable
 from echelon.train.learner import Learner, LossFn, NonFiniteLoss, save_module
 from echelon.train.log import Log
@@ -29,7 +30,7 @@ Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig(RunConfig):
+class StageConfig(TrainConfig):
     """What the stages that learn from rows have in common. Their `__post_init__` calls `super().__post_init__()`."""
 
     model: ModelConfig = ModelConfig()
@@ -181,8 +182,11 @@ def step_rows(rows: Sequence[Row], step: int, count: int, *, seed: int) -> list[
 def publish(folder: Path, learner: Learner) -> None:
     """Put the learner's weights in place of what is in `folder`: all of them or none, whenever the process is killed.
 
-    Raises CheckpointError when they cannot be written; what was there before is untouched then.
+    Raises CheckpointError when they cannot be written; what was there before is untouched then. All ranks must call it.
     """
+    learner.refresh()
+    if not dist.writes():
+        return
     unfinished, replaced = _beside(folder)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -238,16 +242,17 @@ class _Judge:
 
 def _mend(folder: Path, best: Best, learner: Learner, done: int) -> None:
     """Finish what a killed process left halfway in the folder of the best weights."""
-    unfinished, replaced = _beside(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if replaced.exists() and not folder.exists():
-        replaced.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if dist.writes():
+        unfinished, replaced = _beside(folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     if best.loss is None:
         return
     if best.step == done:
         publish(folder, learner)
-    elif not folder.exists():
+    elif dist.writes() and not folder.exists():
         raise CheckpointError(
             f"{folder} is gone: it held the weights of step {best.step}, the best so far. Put it back, or start a new "
             "run with another --out."

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_model
@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from echelon.config import OptimConfig
 from echelon.errors import CheckpointError, ConfigError, EchelonError
 from echelon.models import lora
+from echelon.train import dist
 from echelon.train.optimizers import LOW, LossScale, SavedOptimizer, learning_rate, make_optimizer, save_optimizer
+
+Found = TypeVar("Found")
 
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]]
 """(module, micro-batch) → the micro-batch's share of the loss, and numbers that add up over micro-batches. Names that
@@ -38,6 +41,11 @@ class Learner:
     masters, since most updates are smaller than the distance to the next number they could be. `tokenizer` makes `save`
     write a Hugging Face folder that loads without echelon. `total_steps` is what a decaying schedule decays over. Of a
     module with several adapters, `adapter` names the one that this learner trains and saves.
+
+    Where there are several ranks (`train.dist`), each computes its share of the micro-batches and all take the same
+    step. If every rank holds a part of each weight, `module` is a whole copy for all who read it, brought up to date
+    after every step; one that nobody reads between steps but this learner (`resident` false) waits on the host until
+    it is saved.
     """
 
     def __init__(
@@ -49,6 +57,7 @@ class Learner:
         name: str = "",
         tokenizer: Any = None,
         adapter: str = "",
+        resident: bool = True,
     ) -> None:
         self.module = module
         self.name = name
@@ -64,15 +73,33 @@ class Learner:
             )
         with self._speaking():
             self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.masters = [_master(parameter) for parameter in self.trained]
+            self._ranks, self._resident = dist.ranks(), resident
+            self._sharded = self._cut()
+        self._moved = self.trained if self._sharded is None else self._sharded.trained
+        """What the optimizer's steps end in: the weights, or this rank's parts of them."""
+        self._masters = [_master(parameter) for parameter in self._moved]
         low = any(parameter.dtype == torch.float16 for parameter in module.parameters())
         self.loss_scale = LossScale() if low else None
-        self.optimizer = make_optimizer(self.masters, optim, self.device)
+        place = self._masters[0].device if self._masters else self.device
+        self.optimizer = make_optimizer(self._masters, optim, place)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.module.parameters()).device
+        """Where micro-batches are computed."""
+        return next(self.module.parameters()).device if self._sharded is None else self._sharded.device
+
+    @property
+    def exact(self) -> bool:
+        """Whether it learns from float32 numbers, as whoever reads the module computes them."""
+        lower = self._sharded is not None and self._sharded.settings.compute_dtype != "same"
+        return next(self.module.parameters()).dtype == torch.float32 and not lower
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """What learns in full precision, whole; where ranks hold parts they are gathered, so all must ask."""
+        if self._sharded is None:
+            return self._masters
+        return [master.full_tensor() for master in self._masters]  # type: ignore[attr-defined]
 
     def update(self, batches: Iterable[Any], loss_fn: LossFn) -> dict[str, float]:
         """One optimizer step on the sum of the micro-batches' losses, and what there is to log about it.
@@ -84,11 +111,18 @@ class Learner:
         self.module.train()  # layers are checkpointed in training mode only
         batches = list(batches)
         assert batches, "an update needs at least one micro-batch"
+        if self._ranks is not None:
+            dist.check_alike(self._ranks, self.name or "learner", batches)
+            batches = dist.divided(batches, self._ranks.size)
+        if self._sharded is not None:
+            self._sharded.root.train()
+            if self._resident:  # others may have changed it: a head that starts at the mean return, a shared trunk
+                self._sharded.take()
         before = copy.copy(self.loss_scale)
         while True:
             with self._speaking():
                 totals = self._gradient(batches, loss_fn)
-            norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.optim.max_grad_norm or math.inf))
+            norm = self._clip()
             if math.isfinite(norm):
                 break
             if self.loss_scale is None or not self.loss_scale.overflowed():
@@ -102,6 +136,8 @@ class Learner:
             group["lr"] = rate
         self.optimizer.step()
         self._follow_masters()
+        if self._sharded is not None and self._resident:
+            self._sharded.put()
         self.version += 1
         if self.loss_scale is not None:
             self.loss_scale.worked()
@@ -118,24 +154,45 @@ class Learner:
 
         In evaluation mode, so that an adapter drops nothing.
         """
-        self.module.eval()
         out = torch.zeros(batch.tokens.shape)
+        for micro, counts in self._deal(dist.parts_of(batch, tokens_per_pass)):
+            found = self.read(fn, micro.to(self.device)).float().cpu()
+            if counts:
+                out[micro.rows, : micro.tokens.shape[1]] = found
+        return out if self._ranks is None else self._ranks.sum_(out)
+
+    @torch.no_grad()
+    def read(self, fn: Callable[..., Found], *args: Any) -> Found:
+        """`fn(module, *args)` with the weights of now, in evaluation mode, without gradient. All ranks must call it."""
+        if self._sharded is not None and not self._resident:
+            return self._sharded.read(fn, *args)
+        self.module.eval()
         with self._speaking():
-            for micro in batch.split(tokens_per_pass):
-                out[micro.rows, : micro.tokens.shape[1]] = fn(self.module, micro.to(self.device)).float().cpu()
-        return out
+            return fn(self.module, *args)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors, one at a time, for a sampler; those below an adapter with what it adds."""
+        self.refresh()
         with self._speaking():
             yield from lora.merged_weights(self.module)
 
+    def refresh(self) -> None:
+        """Bring the whole module up to date where it is not already. All ranks must call it."""
+        if self._sharded is not None and not self._resident:
+            self._sharded.put()
+
     def save(self, folder: Path) -> None:
         """Weights (a Hugging Face folder if the module is one, peft's if it has adapters), optimizer and counters."""
+        self.refresh()
         save_module(self.module, folder, self.tokenizer, adapter=self.adapter)
         scale = self.loss_scale
         counters = {} if scale is None else {"loss_scale": scale.scale, "loss_scale_steps": scale.steps}
         save_optimizer(self.optimizer, folder, self._own_masters(), version=self.version, **counters)
+
+    def attend(self) -> None:
+        """Give what this rank holds to the one that saves."""
+        self.refresh()
+        save_optimizer(self.optimizer, None, self._own_masters())
 
     def load(self, folder: Path) -> None:
         """Continue exactly where `save` was called. Raises CheckpointError if something else was saved there."""
@@ -153,7 +210,9 @@ class Learner:
                 "the run that saved it."
             )
         load_module(self.module, folder, adapter=self.adapter)
-        saved.load(self.optimizer, self._own_masters())
+        if self._sharded is not None:
+            self._sharded.take()
+        saved.load(self.optimizer, self._own_masters(), like=None if self._sharded is None else self._sharded.like)
         self.version = int(saved.counters["version"])
         if self.loss_scale is not None:
             self.loss_scale = LossScale(saved.counters["loss_scale"], saved.counters["loss_scale_steps"])
@@ -164,30 +223,70 @@ class Learner:
     def _gradient(self, batches: Sequence[Any], loss_fn: LossFn) -> dict[str, float]:
         """Put the gradient of the micro-batches' summed losses on the masters; returns what the losses logged."""
         self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self.trained:
+        for parameter in self._moved:
             parameter.grad = None
         scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
         totals: dict[str, float] = {}
-        for batch in batches:
-            loss, stats = loss_fn(self.module, batch.to(self.device))
+        dealt = self._deal(batches)
+        for number, (batch, counts) in enumerate(dealt):
+            loss, stats = self._loss(loss_fn, batch, last=number + 1 == len(dealt))
             value = loss.item()
-            if not math.isfinite(value):
-                raise NonFiniteLoss(
-                    f"{self.name or 'learner'}: the loss is {value} at update {self.version}, so no step was taken. "
-                    "Look for non-finite rewards; otherwise lower optim.lr."
-                )
-            (loss if scale == 1 else loss * scale).backward()  # type: ignore[no-untyped-call]
+            if self._ranks is None:
+                self._check_finite(value)
+            factor = scale if counts else 0.0
+            (loss if factor == 1 else loss * factor).backward()  # type: ignore[no-untyped-call]
             self._collect()
-            _accumulate(totals, {"loss": value, **stats})
+            if counts:
+                _accumulate(totals, {"loss": value, **stats})
+        if self._ranks is not None:
+            totals = dist.total(self._ranks, totals)
+            self._check_finite(totals["loss"])  # all ranks together, or those left would wait for one that has stopped
+            if self._sharded is None:
+                dist.sum_gradients(self._ranks, self._masters)
         if scale != 1:
-            for master in self.masters:
+            for master in self._masters:
                 if master.grad is not None:
                     master.grad /= scale
         return totals
 
+    def _loss(self, loss_fn: LossFn, batch: Any, *, last: bool) -> tuple[Tensor, dict[str, float]]:
+        batch = batch.to(self.device)
+        if self._sharded is None:
+            return loss_fn(self.module, batch)
+        self._sharded.before_pass(last=last)
+        return self._sharded(loss_fn, batch)
+
+    def _deal(self, batches: Sequence[Any]) -> list[tuple[Any, bool]]:
+        """The micro-batches that this rank computes, and whether each counts; all of them where there are no others."""
+        if self._ranks is None:
+            return [(batch, True) for batch in batches]
+        return self._ranks.deal(batches, alike=self._sharded is not None)
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(
+                f"{self.name or 'learner'}: the loss is {loss} at update {self.version}, so no step was taken. "
+                "Look for non-finite rewards; otherwise lower optim.lr."
+            )
+
+    def _clip(self) -> float:
+        """Scale the whole gradient down to `max_grad_norm` where it is longer; its length before that."""
+        norm: Any = torch.nn.utils.clip_grad_norm_(self._masters, self.optim.max_grad_norm or math.inf)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _cut(self) -> dist.Sharded | None:
+        """The copy of the module of which this rank holds its part, where the settings want one."""
+        if self._ranks is None or self._ranks.settings.strategy != "fsdp":
+            return None
+        dist.check_shardable(self.module, self.optim.name, self.name or "this model")
+        device = next(self.module.parameters()).device
+        if not self._resident:
+            self.module.to("cpu")
+        return dist.Sharded(self.module, self._ranks, device)
+
     def _collect(self) -> None:
         """Add the gradients of 16-bit weights to those of their masters, in float32."""
-        for parameter, master in zip(self.trained, self.masters, strict=True):
+        for parameter, master in zip(self._moved, self._masters, strict=True):
             if master is not parameter and parameter.grad is not None:
                 found = parameter.grad.float()
                 master.grad = found if master.grad is None else master.grad.add_(found)
@@ -195,12 +294,13 @@ class Learner:
 
     @torch.no_grad()
     def _follow_masters(self) -> None:
-        for parameter, master in zip(self.trained, self.masters, strict=True):
+        for parameter, master in zip(self._moved, self._masters, strict=True):
             if master is not parameter:
                 parameter.copy_(master)
 
     def _own_masters(self) -> list[Tensor]:
-        return [master for parameter, master in zip(self.trained, self.masters, strict=True) if master is not parameter]
+        pairs = zip(self._moved, self._masters, strict=True)
+        return [master for parameter, master in pairs if master is not parameter]
 
 
 class Weights:

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from echelon.config import LogConfig
 from echelon.errors import CheckpointError
+from echelon.train import dist
 from echelon.train.trackers import Trackers
 from echelon.types import Episode, Turn
 
@@ -45,7 +46,7 @@ class Log:
     the usual ones. The rate is that of this process, the time elapsed that of the run.
     `config` names trackers that get every row of metrics, with `settings` as the hyper-parameters of the run; see
     `Trackers` for how they continue, and what happens when one fails.
-    Claim the run directory first (`Checkpoints`): the log itself refuses nothing.
+    Claim the run directory first (`Checkpoints`): the log itself refuses nothing. Of several ranks rank 0 logs.
     """
 
     def __init__(
@@ -61,12 +62,15 @@ class Log:
         config: LogConfig = LogConfig(),
         settings: DataclassInstance | None = None,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = not (folder / "metrics.jsonl").exists()
-        self._earlier = _cut(folder / "metrics.jsonl", start)
-        _cut(folder / "episodes.jsonl", start)
-        self._metrics = _append_to(folder / "metrics.jsonl")
-        self._episodes = _append_to(folder / "episodes.jsonl")
+        metrics, episodes = folder / "metrics.jsonl", folder / "episodes.jsonl"
+        fresh, self._earlier = not metrics.exists(), 0.0
+        if dist.writes():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._earlier = _cut(metrics, start)
+            _cut(episodes, start)
+        else:
+            metrics, episodes, quiet, config = Path(os.devnull), Path(os.devnull), True, LogConfig()
+        self._metrics, self._episodes = _append_to(metrics), _append_to(episodes)
         self._began = time.monotonic()
         self._start, self._total, self._headline = start, total, tuple(headline)
         self._noted: set[str] = set()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,23 @@ def make_optimizer(parameters: Sequence[Tensor], optim: OptimConfig, device: tor
     return made
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, masters: Sequence[Tensor], **counters: Any) -> None:
-    """All of its state as safetensors and JSON, the float32 masters of 16-bit weights, and what else counts."""
-    tensors = {f"master/{index}": master for index, master in enumerate(masters)}
+def save_optimizer(
+    optimizer: torch.optim.Optimizer, folder: Path | None, masters: Sequence[Tensor], **counters: Any
+) -> None:
+    """All of its state as safetensors and JSON, the float32 masters of 16-bit weights, and what else counts.
+
+    Of tensors of which every rank holds a part, the parts are gathered, so all ranks must call it; those that write
+    nothing give no folder.
+    """
+    tensors = {f"master/{index}": _whole(master, folder) for index, master in enumerate(masters)}
     numbers: dict[str, float] = {}
     for name, value in _flat(optimizer.state_dict()["state"]):
         if isinstance(value, Tensor):
-            tensors[name] = value
+            tensors[name] = _whole(value, folder)
         else:
             numbers[name] = value
+    if folder is None:
+        return
     save_file(dict(_apart(tensors)), folder / "optimizer.safetensors")
     shapes = [list(parameter.shape) for parameter in _parameters(optimizer)]
     described = {**counters, "optimizer": type(optimizer).__name__, "shapes": shapes, "numbers": numbers}
@@ -82,12 +90,22 @@ class SavedOptimizer:
         same = self.counters.get("optimizer") == type(optimizer).__name__ and self.counters.get("shapes") == shapes
         return same and masters == sum(name.startswith("master/") for name in self._tensors)
 
-    def load(self, optimizer: torch.optim.Optimizer, masters: Sequence[Tensor]) -> None:
-        """Make the optimizer and the masters what was saved."""
+    def load(
+        self,
+        optimizer: torch.optim.Optimizer,
+        masters: Sequence[Tensor],
+        *,
+        like: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        """Make the optimizer and the masters what was saved. `like` cuts a tensor as a parameter is cut."""
+        parameters = _parameters(optimizer)
         state: dict[int, dict[str, Any]] = {}
         for name, value in {**self._tensors, **self.counters["numbers"]}.items():
             index, *path = name.split("/")
             if index != "master":
+                parameter = parameters[int(index)]
+                if like is not None and isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value = like(parameter, value)
                 entry: Any = state.setdefault(int(index), {})
                 for part in path[:-1]:
                     entry = entry.setdefault(part, {})
@@ -95,7 +113,8 @@ class SavedOptimizer:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         with torch.no_grad():
             for index, master in enumerate(masters):
-                master.copy_(self._tensors[f"master/{index}"])
+                saved = self._tensors[f"master/{index}"]
+                master.copy_(saved if like is None else like(master, saved))
 
 
 class LossScale:
@@ -152,6 +171,14 @@ def _groups(parameters: Sequence[Tensor], optim: OptimConfig) -> list[dict[str, 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _whole(tensor: Tensor, folder: Path | None) -> Tensor:
+    """The tensor, its parts gathered where ranks hold one each; kept, on the host, only where it will be written."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    whole: Tensor = tensor.full_tensor()
+    return whole[:0] if folder is None else whole.cpu()
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

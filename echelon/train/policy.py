@@ -140,7 +140,7 @@ def update_policy(
         )
     choose = those_that_teach if settings.only_advantages and not self_likelihood else None
     taught = batch if choose is None else choose(batch)
-    first, exact = policy.version, next(policy.module.parameters()).dtype == torch.float32
+    first, exact = policy.version, policy.exact
     quiet = mismatch_without_dropout(policy, taught, temperature, tokens_per_pass) if drops(policy.module) else None
     check_mismatch(quiet or 0.0, settings.max_mismatch if exact else math.inf)
 

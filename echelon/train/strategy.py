@@ -153,11 +153,13 @@ class Upper:
         return replace(batch, wanted_N=wanted_N, reward_N=rewards_N)
 
     def loss(self, module: nn.Module, batch: OptionBatch) -> tuple[Tensor, dict[str, float]]:
-        """The mean error of Q over the decisions, and what to watch. `module` is the language model that learns."""
-        assert module is self.online.lm, "Q is read from the model that learns"
+        """The mean error of Q over the decisions, and what to watch. `module` is the language model that learns, or the
+        copy of it of which every rank has a part."""
+        same = module is self.online.lm
+        online = self.online if same else OptionScorer(module, self.online.reading, shares=self.online.shares_prompts)
         wanted_N = losses.require(batch.wanted_N, "wanted_N", "Call prepare first.")
         rewards_N = losses.require(batch.reward_N, "reward_N", "Call prepare first.")
-        q_N = self.online.q(batch)
+        q_N = online.q(batch)
         error_N = q_N - wanted_N
         huber = self.cfg.loss == "huber"
         loss_N = losses.huber(error_N, self.cfg.huber_delta) if huber else losses.squared_error(q_N, wanted_N)

@@ -1,0 +1,103 @@
+"""Starts the ranks of a run with torch's elastic launcher, and says in one line how they ended.
+
+Knows processes; knows nothing of what they train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from echelon.errors import ConfigError, EchelonError
+from echelon.train.dist import LAUNCHED_BY_US
+
+USAGE = "echelon launch [--nproc N] [--nnodes N --rendezvous HOST:PORT] <recipe> [file.yaml ...] [--key value ...]"
+
+
+class RankEnded(EchelonError, RuntimeError):
+    """A rank ended before its work was done, and the others were stopped."""
+
+
+def launch(words: Sequence[str]) -> int:
+    """Run a recipe on several ranks and return the exit status: 0, or that of the rank that ended the job.
+
+    Without `--nproc`, one rank per GPU of this machine, or one. On several machines every one runs the same command,
+    with `--nnodes` and the address of one of them (`--rendezvous`). Raises ConfigError for words that cannot be meant
+    so, RankEnded for a rank that was killed.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    asked, recipe = _parse(words)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report would bury the one line
+    os.environ[LAUNCHED_BY_US] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before ranks share out cores (`threads`)
+    settings = LaunchConfig(
+        min_nodes=asked.nnodes,
+        max_nodes=asked.nnodes,
+        nproc_per_node=asked.nproc,
+        run_id="echelon",
+        rdzv_backend="c10d",
+        rdzv_endpoint=asked.rendezvous or "localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(settings, sys.executable)("-m", "echelon", *recipe)
+    except ChildFailedError as error:
+        return _ended(error.failures)
+    return 0
+
+
+def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What the launcher is told, and the command of every rank."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nproc", type=int, default=0)
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--rendezvous", default="")
+    split = next((at for at, word in enumerate(words) if _is_recipe(words, at)), len(words))
+    asked = parser.parse_args(list(words[:split]))
+    if split == len(words):
+        raise ConfigError(f"launch: no recipe to run. {USAGE}")
+    asked.nproc = asked.nproc or _accelerators()
+    if asked.nproc < 1 or asked.nnodes < 1:
+        raise ConfigError("launch: --nproc and --nnodes count ranks and machines. Give 1 or more.")
+    if asked.nnodes > 1 and not asked.rendezvous:
+        raise ConfigError("launch: --nnodes is more than 1 and machines must meet. Give --rendezvous HOST:PORT.")
+    return asked, list(words[split:])
+
+
+def _is_recipe(words: Sequence[str], at: int) -> bool:
+    """Whether this word is no flag of the launcher, nor the value of one."""
+    return not words[at].startswith("-") and not (at and words[at - 1].startswith("--") and "=" not in words[at - 1])
+
+
+def _accelerators() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _ended(failures: Mapping[int, Any]) -> int:
+    """The exit status of the rank that was the first to fail by itself."""
+    killed = {rank: -failure.exitcode for rank, failure in failures.items() if failure.exitcode < 0}
+    alone = {rank: number for rank, number in killed.items() if number != signal.SIGTERM} or killed
+    explained = [failure.exitcode for failure in failures.values() if failure.exitcode > 0]
+    if alone and (not explained or alone is not killed):
+        rank, number = next(iter(alone.items()))
+        raise RankEnded(
+            f"rank {rank} was ended by {signal.Signals(number).name}, so the others were stopped. Start the same "
+            "command again with --resume; it goes on from the newest whole checkpoint."
+        )
+    return int(explained[0])
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that explains itself in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"launch: {message}. {USAGE}")
