@@ -18,7 +18,7 @@ import yaml
 from echelon import config
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-OTHERS = ("curves.py", "feedback.py", "learning.py", "tosca.py", "weight_reload.py")
+OTHERS = ("control.py", "curves.py", "feedback.py", "learning.py", "tosca.py", "weight_reload.py")
 """Scripts that time nobody beside peers."""
 SCRIPTS = {path.name: path for path in sorted(FOLDER.glob("[!_]*.py")) if path.name not in OTHERS}
 EXTRA = {"vllm", "vllm-turns", "trl"}

@@ -23,7 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from echelon.config import LogConfig
 from echelon.errors import CheckpointError
-from echelon.train import dist
 from echelon.train.trackers import Trackers
 from echelon.types import Episode, Turn
 
@@ -64,7 +63,7 @@ class Log:
     ) -> None:
         metrics, episodes = folder / "metrics.jsonl", folder / "episodes.jsonl"
         fresh, self._earlier = not metrics.exists(), 0.0
-        if dist.writes():
+        if _writes():
             folder.mkdir(parents=True, exist_ok=True)
             self._earlier = _cut(metrics, start)
             _cut(episodes, start)
@@ -208,6 +207,12 @@ def _cut(path: Path, start: int) -> float:
         os.fsync(new.fileno())
     os.replace(kept, path)
     return seconds
+
+
+def _writes() -> bool:
+    """Whether this process writes: rank 0, or the only one. Where nobody has loaded `train.dist` there are no ranks."""
+    dist = sys.modules.get("echelon.train.dist")
+    return dist is None or bool(dist.writes())
 
 
 def _append_to(path: Path) -> TextIO:

@@ -27,7 +27,10 @@ NAMES = [str(file.relative_to(ROOT / "configs")) for file in FILES]
 PLAYS = ["--steps", "1", "--max-turns", "3", "--threads", "1"]
 STAGE = ["--max-steps", "2", "--rows-per-step", "4", "--threads", "1"]
 FEWER = {
-    "control": [*PLAYS, "--tasks-per-step", "2", "--group-size", "2", "--warmup-steps", "0"],
+    "control": [
+        *(*PLAYS, "--tasks-per-step", "2", "--group-size", "2", "--warmup-steps", "0"),
+        *("--sampling.max-prompt-tokens", "512"),
+    ],
     "control_data": ["--episodes", "4"],
     "control_mlp": [
         *("--steps", "2", "--envs", "2", "--rollout", "16", "--groups", "1", "--group-size", "2"),
@@ -108,6 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for place in also:
         shutil.copytree(folder / "runs/tiny", folder / place)
     shutil.copytree(ROOT / "examples", folder / "examples")
+    shutil.copytree(ROOT / "configs/models", folder / "configs/models")
     write_data(folder / "data", questions)
     write_strategies(folder / "data")
     recorded(env, ("random",), 12, folder / "data/twenty_questions.jsonl")
