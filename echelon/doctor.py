@@ -35,6 +35,7 @@ MODULES = {
     "endpoint": "httpx2",
     "math": "math_verify",
     "quantization": "bitsandbytes",
+    "ray": "ray",
     "vllm": "vllm",
 }
 """Extra that settings may ask for → what is imported of it."""
@@ -300,8 +301,11 @@ def _check_engines(blocks: Mapping[str, Any]) -> Iterator[Finding]:
     from echelon.config import SamplingConfig
 
     for name, block in blocks.items():
-        if (isinstance(block, SamplingConfig) or not name) and getattr(block, "sampler", "local") == "vllm":
-            yield _extra(f"{name}.sampler".lstrip("."), "vllm")
+        drawn_by = getattr(block, "sampler", "local") if isinstance(block, SamplingConfig) or not name else "local"
+        if drawn_by != "local":
+            yield _extra(f"{name}.sampler".lstrip("."), drawn_by)
+        if drawn_by == "ray" and block.ray.engine == "vllm":
+            yield _extra(f"{name}.ray.engine", "vllm")
 
 
 def _check_optimizers(blocks: Mapping[str, Any]) -> Iterator[Finding]:

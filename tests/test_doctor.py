@@ -76,6 +76,7 @@ def test_words_that_name_no_recipe_are_no_finding(capsys: pytest.CaptureFixture[
         ("--group-size 0", "settings", "group_size = 0", ""),
         ("--model.device cuda", "model.device", "cuda: there is no GPU here.", "Set it to auto or cpu."),
         ("--sampler vllm", "sampling.sampler", "vllm is not installed.", "Run: pip install 'echelon[vllm]'"),
+        ("--sampler ray", "sampling.sampler", "ray is not installed.", "Run: pip install 'echelon[ray]'"),
         ("--policy.optim.name adamw_8bit", "policy.optim.name", "adamw_8bit: it needs a GPU", "Use adamw"),
         ("--model.attention flash_attention_2", "model.attention", "flash-attn is not installed.", "Use sdpa"),
         ("--reward math", "reward", "math_verify is not installed.", "Run: pip install 'echelon[math]'"),
@@ -84,7 +85,7 @@ def test_words_that_name_no_recipe_are_no_finding(capsys: pytest.CaptureFixture[
 def test_what_cannot_work_says_why_and_what_to_do(
     find: Find, model: Path, monkeypatch: pytest.MonkeyPatch, flags: str, name: str, says: str, fix: str
 ) -> None:
-    missing = ("vllm", "flash_attn", "math_verify")
+    missing = ("vllm", "ray", "flash_attn", "math_verify")
     there = doctor.importlib.util.find_spec
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name in missing else there(name))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -172,10 +172,7 @@ def truncated_importance(
     logprobs, sampled = _ready(mask_BT, logprobs_BT.detach(), sampled_logprobs_BT.detach())
     log_ratio = logprobs - sampled
     if sequence_BT is not None:
-        sequence_M = sequence_BT[mask_BT]
-        sums = log_ratio.new_zeros(int(sequence_M.max()) + 1 if len(sequence_M) else 0)
-        sums = sums.index_add(0, sequence_M, log_ratio[mask_BT])
-        log_ratio = torch.zeros_like(log_ratio).index_put((mask_BT,), sums[sequence_M])
+        log_ratio = _sequence_sums(log_ratio, mask_BT, sequence_BT)
     weights = log_ratio.clamp(-LARGEST_LOG_RATIO, math.log(clip)).exp()
     return torch.where(mask_BT, weights, 0.0)
 
@@ -184,10 +181,18 @@ def sequence_means(
     x_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"], sequence_BT: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
     """The mean of each sequence over its masked tokens, given back to each of them; 0 outside the mask."""
+    counts_BT = _sequence_sums(torch.ones_like(x_BT), mask_BT, sequence_BT)
+    return _sequence_sums(x_BT, mask_BT, sequence_BT) / counts_BT.clamp(min=1)
+
+
+def _sequence_sums(
+    x_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"], sequence_BT: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """The sum of each sequence over its masked tokens, given back to each of them; 0 outside the mask."""
     sequence_M = sequence_BT[mask_BT]
-    sums = x_BT.new_zeros(int(sequence_M.max()) + 1 if len(sequence_M) else 0)
-    means = sums.index_add(0, sequence_M, x_BT[mask_BT]) / sums.index_add(0, sequence_M, torch.ones_like(x_BT[mask_BT]))
-    return torch.zeros_like(x_BT).index_put((mask_BT,), means[sequence_M])
+    sums_S = x_BT.new_zeros(int(sequence_M.max()) + 1 if len(sequence_M) else 0)
+    sums_S = sums_S.index_add(0, sequence_M, x_BT[mask_BT])
+    return torch.zeros_like(x_BT).index_put((mask_BT,), sums_S[sequence_M])
 
 
 def _log_ratio(logprobs: Float[Tensor, "*shape"], old_logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

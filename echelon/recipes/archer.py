@@ -228,7 +228,7 @@ def main(cfg: Config) -> None:
         levels.replay.add(read_transitions(cfg.offline, actor.role.renderer, gamma=cfg.gamma, n_step=cfg.n_step))
     if cfg.dry_run:
         sampled = 0 if cfg.offline else cfg.episodes_per_step * cfg.max_turns * cfg.sampling.max_tokens
-        engines = {"actor": Engine(actor.sampler, cfg.sampling)}
+        engines = {"actor": Engine(actor.sampler, cfg.sampling, cfg.asynchronous.max_staleness)}
         plan = Plan(levels.parts(), cfg.dist, cfg.tokens_per_pass, engines)
         return describe({"actor": actor.module, "critic": levels.online}, tokens_per_step=sampled, plan=plan)
 

@@ -188,7 +188,7 @@ def main(cfg: Config) -> None:
     share = cfg.policy.minibatches == 1 and shares_prompts(actor.module)  # answers to one prompt may share its row
     if cfg.dry_run:
         sampled = (cfg.tasks_per_step + cfg.replacements) * cfg.group_size * cfg.max_turns * cfg.sampling.max_tokens
-        engines = {"actor": Engine(actor.sampler, cfg.sampling)}
+        engines = {"actor": Engine(actor.sampler, cfg.sampling, cfg.asynchronous.max_staleness)}
         plan = Plan({**saved_parts(policy, reference), **rewards.modules()}, cfg.dist, cfg.tokens_per_pass, engines)
         return describe({"actor": actor.module}, tokens_per_step=sampled, plan=plan)
 

@@ -206,7 +206,12 @@ def main(cfg: Config) -> None:
 def sizes(cfg: Config, actor: Actor, value: nn.Module, held: Mapping[str, Any]) -> None:
     """What `--dry-run` prints of a run that holds these parts."""
     sampled = cfg.episodes_per_step * (cfg.max_turns if cfg.env else 1) * cfg.sampling.max_tokens
-    plan = Plan(held, cfg.dist, cfg.tokens_per_pass, {"actor": Engine(actor.sampler, cfg.sampling)})
+    plan = Plan(
+        held,
+        cfg.dist,
+        cfg.tokens_per_pass,
+        {"actor": Engine(actor.sampler, cfg.sampling, cfg.asynchronous.max_staleness)},
+    )
     describe({"actor": actor.module, "value": value}, tokens_per_step=sampled, plan=plan)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from echelon.config import DistConfig, SamplingConfig
 from echelon.ops.vocabulary import LOGITS_KEPT, LOGITS_PER_BLOCK
 from echelon.sampling.cache import bytes_per_key
+from echelon.sampling.ray import RaySampler
 from echelon.sampling.vllm import VllmSampler
 from echelon.train import dist
 from echelon.train.learner import Learner
@@ -42,6 +43,8 @@ class Engine:
 
     sampler: Sampler
     sampling: SamplingConfig
+    ahead: int = 0
+    """Rollouts that are under way while a step trains, each with an engine and a copy of the weights of its own."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,10 @@ def _row_and_column_sums(shape: Sequence[int]) -> int:
 
 
 def _engine(engine: Engine, tokens_per_step: int, ranks: int) -> Bytes:
-    """What a sampler takes: keys and values of all that is read and said in a step, at most its budget; and the copy of
-    the weights that vLLM holds."""
+    """What a sampler takes: keys and values of all that is read and said in a step, at most its budget; and the copies
+    of the weights that vLLM and rollouts ahead hold. What Ray's workers take lies with them."""
+    if isinstance(engine.sampler, RaySampler):
+        return {}
     module: Any = engine.sampler.module  # type: ignore[attr-defined]
     budget: int = engine.sampler.cache_tokens  # type: ignore[attr-defined]
     own = isinstance(engine.sampler, VllmSampler)
@@ -166,8 +171,9 @@ def _engine(engine: Engine, tokens_per_step: int, ranks: int) -> Bytes:
     weight = next(module.parameters())
     config = module.config.get_text_config()
     per_token = config.num_hidden_layers * bytes_per_key(config, weight.element_size())
-    kept = {"keys and values, at most": tokens * per_token}
-    return {**kept, "weights of vLLM": _size(module.parameters())} if own else kept
+    copies = max(engine.ahead, own)
+    held = {"keys and values, at most": max(1, engine.ahead) * tokens * per_token}
+    return {**held, "copies that play": copies * _size(module.parameters())} if copies else held
 
 
 def _transformer(module: nn.Module) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import os
 import sys
 import time
@@ -133,7 +134,7 @@ class RaySampler:
             weights = iter(())  # a generator that is dropped ends whatever it had begun
             self._news_from(_learning(self.module))
         elif first is not None:
-            self._news_from(_chained(first, weights))
+            self._news_from(itertools.chain([first], weights))
         if not self._workers and first is None:
             return
         if not self._workers:
@@ -470,11 +471,6 @@ def _cut(said: Completion, params: SamplingParams, tokenizer: Any) -> Completion
 def _learning(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What learns, by the names of the module's state."""
     yield from ((name, weight) for name, weight in module.named_parameters() if weight.requires_grad)
-
-
-def _chained(first: tuple[str, Tensor], others: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    yield first
-    yield from others
 
 
 def _numbers(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Numbers]:

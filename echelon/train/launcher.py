@@ -34,14 +34,14 @@ def launch(words: Sequence[str]) -> int:
     with `--nnodes` and the address of one of them (`--rendezvous`). With `--on ray` this process becomes the recipe's,
     and does not return. Raises ConfigError for words that cannot be meant so, RankEnded for a rank that was killed.
     """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     asked, recipe = _parse(words)
     if asked.on:
         need("ray", "ray")
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-m", "echelon", *recipe])
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report would bury the one line
     os.environ[LAUNCHED_BY_US] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before ranks share out cores (`threads`)

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from echelon import cli
-from echelon.config import DistConfig, LoraConfig, OptimConfig, SamplingConfig, TrainConfig
+from echelon.config import DistConfig, LoraConfig, OptimConfig, RayConfig, SamplingConfig, TrainConfig
 from echelon.data.packing import copies, pack
 from echelon.models import lora
 from echelon.models.heads import TokenValue
 from echelon.models.lm import enable_checkpointing, tiny
 from echelon.rollout.memory import SIZES, Engine, Plan, activations, needs, optimizer_state, shard, table
 from echelon.sampling.local import LocalSampler
+from echelon.sampling.ray import RaySampler
 from echelon.train import dist
 from echelon.train.ema import Average
 from echelon.train.learner import Learner, Weights
@@ -172,6 +173,22 @@ def test_keys_and_values_are_those_of_a_step_and_at_most_the_budget() -> None:
         engine = Engine(LocalSampler(module, tokenizer, cache_tokens=budget), sampling)
         found = needs(Plan({}, DistConfig(), 64, {"actor": engine}), ranks, tokens_per_step=60)
         assert found["actor: keys and values, at most"] == tokens * per_token
+
+
+def test_rollouts_ahead_hold_copies_and_workers_elsewhere_nothing() -> None:
+    module, tokenizer = tiny(["a b c"], vocab_size=270, hidden=32, layers=2, heads=2)
+    sampling = SamplingConfig(max_tokens=10, max_prompt_tokens=90)
+    engine = Engine(LocalSampler(module, tokenizer, cache_tokens=500), sampling)
+
+    def held(engine: Engine) -> dict[str, int]:
+        found = needs(Plan({}, DistConfig(), 64, {"actor": engine}), 1, tokens_per_step=60)
+        return {name: size for name, size in found.items() if name.startswith("actor")}
+
+    kept = held(engine)["actor: keys and values, at most"]
+    twice = {"actor: keys and values, at most": 2 * kept, "actor: copies that play": 2 * bytes_of(module.parameters())}
+    assert held(replace(engine, ahead=2)) == twice
+    pytest.importorskip("ray")
+    assert held(Engine(RaySampler(module, tokenizer, RayConfig()), sampling)) == {}
 
 
 def test_the_plan_on_the_page_about_scaling_is_what_is_computed() -> None:
