@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import resources
+from pathlib import Path
 
 from echelon import __version__
 from echelon.view import health
@@ -43,6 +45,7 @@ def tell(runs: Sequence[Run], scans: Sequence[Scan], *, room: int) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.metrics.columns if name != "seconds"))
     points = max(FEWEST_POINTS, min(MOST_POINTS, POINTS // max(1, len(runs) * len(names))))
     about: Row = {
+        "folder": folder_of([run.path for run in runs]),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
         "headings": headings(names),
@@ -61,6 +64,11 @@ def tell(runs: Sequence[Run], scans: Sequence[Scan], *, room: int) -> str:
     for run, shown in zip(about["runs"], episodes, strict=True):
         run["shown"] = len(shown)
     return dumps(about)[:-1] + ',"episodes":[' + ",\n".join(text for several in episodes for text in several) + "]}"
+
+
+def folder_of(paths: Sequence[Path]) -> str:
+    """The name of the folder that several runs lie in, empty where they have only the root in common."""
+    return Path(os.path.commonpath([path.resolve().parent for path in paths])).name if paths else ""
 
 
 def share_out(runs: Sequence[Run], scans: Sequence[Scan], room: int) -> list[list[str]]:
