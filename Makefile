@@ -3,6 +3,7 @@
 # make check        style, types and the fast tests: before every commit
 # make test         all tests, those that train included
 # make docs         these pages and the reference as a site in build/site
+# make browser      Chromium from npm into build/, for the tests that look at pages; not where one is installed
 # make clean        remove .venv and caches; runs/ stays
 #
 # PYTHON=python3.12 chooses the interpreter. PIP_ARGS goes to the installation of torch: see CONTRIBUTING.md.
@@ -14,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help quickstart setup lint check test docs clean
+.PHONY: help quickstart setup lint check test docs browser clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +40,13 @@ test: .venv/.dev
 docs: .venv/.docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --fresh-env --quiet -d build/doctrees docs build/site
 	@echo "build/site/index.html"
+
+browser:
+	@command -v chromium > /dev/null || test -d build/browser || { rm -rf build/new && mkdir -p build/new && cd build/new && \
+	  npm install --silent --no-save --no-fund --no-audit @sparticuz/chromium@147.0.0 && \
+	  TMPDIR=$$PWD node -e 'import("@sparticuz/chromium").then((found) => found.default.executablePath())' && \
+	  printf '<fontconfig><dir prefix="relative">.</dir><dir>/usr/share/fonts</dir></fontconfig>' > fonts/fonts.conf && \
+	  rm -r node_modules && mv ../new ../browser; }
 
 clean:
 	rm -rf docs/reference .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -44,6 +44,10 @@ OUTCOMES = ("reward/mean", "eval/reward/mean", "accuracy", "eval/accuracy", "eva
 """What a run is for: the first of these that it has."""
 
 
+FEWEST = 4
+"""Steps from which on anything is said of learning."""
+
+
 def level_of(name: str) -> tuple[str, str] | None:
     """The level that a metric is about, and who that is; None for what is about the run."""
     head = name.removeprefix("eval/").partition("/")[0]
@@ -95,7 +99,7 @@ def learned(metrics: Metrics) -> Verdict:
     """Did it learn: the outcome of the last fifth of the steps against that of the first."""
     name = outcome_of(metrics)
     values = metrics.finite(name)
-    if len(values) < 4:
+    if len(values) < FEWEST:
         return Verdict("Did it learn?", "none", "Too few steps are recorded to tell.")
     before, after, errors = moved(values)
     better = after < before if name.endswith("loss") else after > before
@@ -146,7 +150,7 @@ Change = Literal["better", "moved", "still"]
 
 def _change(name: str, values: Sequence[float]) -> tuple[Change, str] | None:
     end = name.rpartition("/")[2]
-    if end not in SAID or len(values) < 2:
+    if end not in SAID or len(values) < FEWEST:
         return None
     before, after, errors = moved(values)
     change: Change = "still" if abs(errors) < 2 else "better" if BETTER.get(end, 0) * errors > 0 else "moved"

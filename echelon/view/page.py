@@ -28,6 +28,10 @@ MARK = "<!-- a report of echelon -->"
 STYLES = ("uPlot.min.css", "page.css")
 SCRIPTS = ("uPlot.iife.min.js", "base.js", "curves.js", "episodes.js", "page.js")
 LIVE = "live.js"
+LANGUAGE = """\
+try { new Intl.NumberFormat(navigator.language); }
+catch { Object.defineProperty(navigator, "language", { value: "en" }); }"""
+"""uPlot writes numbers in the browser's language, and ends where that is none: in the locale POSIX it is en-US@posix."""
 POINTS = 150_000
 """Numbers of curves that a page holds; longer runs have fewer points for each curve."""
 FEWEST_BYTES = 200_000
@@ -88,7 +92,7 @@ def asset(name: str) -> str:
 
 def assemble(told: str, *, live: bool = False) -> str:
     """The page around what is told. A live one asks the server that it came from, and nobody else, what is new."""
-    scripts = [f"/*\n{asset(LICENCE)}*/\n" + asset(SCRIPTS[0]), *map(asset, SCRIPTS[1:]), *([asset(LIVE)] * live)]
+    scripts = [f"{LANGUAGE}\n/*\n{asset(LICENCE)}*/\n" + asset(SCRIPTS[0]), *map(asset, SCRIPTS[1:]), *([asset(LIVE)] * live)]
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     parts = {
         "connect": "'self'" if live else "'none'",

@@ -26,11 +26,11 @@ TALLEST = 6_000
 """Pixels of a page that a picture shows."""
 SERIOUS = ("serious", "critical")
 USE = """async () => {
-  const settled = () => new Promise((go) => setTimeout(go, 25));
+  const settled = () => new Promise((go) => setTimeout(go, 10));
   const all = (what) => [...document.querySelectorAll(`#main ${what}`)];
   let used = 0;
   for (const what of ["summary", "input", "select", "button"])
-    for (let at = 0; at < Math.min(all(what).length, 30); at++) {
+    for (let at = 0; at < Math.min(all(what).length, 12); at++) {
       const one = all(what)[at], kind = what === "input" ? "input" : "change";
       if (one.tagName === "SUMMARY" || one.tagName === "BUTTON") { one.click(); used++; await settled(); continue; }
       const values = one.tagName === "SELECT" ? [...one.options].slice(-3).map((option) => option.value) : ["1", ""];
@@ -70,7 +70,10 @@ def opened() -> Iterator[Any]:
     if not chromium():
         pytest.skip("no Chromium: make browser, or apt-get install chromium, or name one in CHROMIUM")
     with api.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        fonts = {"FONTCONFIG_PATH": str(OURS.parent / "fonts")} if Path(chromium()) == OURS else {}
+        browser = started.chromium.launch(
+            executable_path=chromium(), args=["--no-sandbox"], env={**os.environ, **fonts}
+        )
         yield browser
         browser.close()
 

@@ -41,6 +41,7 @@ def test_a_return_that_falls_is_bad_and_a_loss_that_falls_is_good() -> None:
 
 def test_three_steps_are_too_few_to_tell() -> None:
     assert learned(curves(reward__mean=[1.0, 2.0, 3.0])).state == "none"
+    assert levels(curves(policy__entropy=[1.0, 2.0, 3.0])) == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ function overview() {
   const judged = el("section", { class: "card stack", "aria-label": "In one look" });
   if (runs.length > 1) judged.append(choice("About the run", runs.map((one, place) => [String(place), one.name]), looked, (place) => { looked = Number(place); show(); }));
   if (run.learned) judged.append(el("ul", { class: "plain" }, verdict(run.learned, true), run.levels.map((one) => verdict(one))));
-  else judged.append(el("p", { class: "big", text: data.evaluations.some((one) => one.run === looked) ? "An evaluation: nothing was learned here. Its numbers are under Evaluations, what was said under Episodes." : "Nothing is recorded yet." }));
+  else judged.append(el("p", { class: "big", text: data.evaluations.some((one) => one.run === looked) ? "An evaluation: nothing was learned here." : "Nothing is recorded yet." }));
   const left = el("div", { class: "stack" }, judged), right = el("div", { class: "stack" });
   if (trained) left.append(el("section", { class: "card stack", "aria-label": "Learning curves" }, el("h2", { text: "Learning curves" }), curveControls(box), runs.length > 1 ? box : null, outcomes.slice(0, 2).map((name) => chart(name, true))));
   if (ends) {
@@ -24,6 +24,11 @@ function overview() {
       el("div", { class: "head" }, el("h2", { text: "What it said, before and after" }), el("a", { href: `#compare=${first.id},${last.id}`, text: "more" })),
       el("p", { class: "muted", dir: "auto", text: same ? `The same task, ${visible(first.k)}, as early and as late as there is one.` : "The first episode and the last: no task comes twice." }), pair(first, last, FEW_TURNS)));
   }
+  const tested = data.evaluations.filter((one) => one.run === looked), [said] = episodes.filter((one) => one.r === looked && one.t.length);
+  if (!run.learned && tested.length) left.append(el("section", { class: "card", "aria-label": "Numbers" }, estimates(tested)));
+  if (!run.learned && said) right.append(el("section", { class: "card stack", "aria-label": "What it said" },
+    el("div", { class: "head" }, el("h2", { text: "What it said" }), el("a", { href: `#episode=${said.id}`, text: "more" })),
+    el("p", { class: "muted", dir: "auto", text: `The first episode, ${visible(said.k)}.` }), about(said), thread(said, FEW_TURNS)));
   parts.push(el("div", { class: right.children.length ? "cols two" : "cols" }, left, right));
   if (run.checks.length) parts.push(el("section", { class: "card stack", "aria-label": "Health" }, el("h2", { text: "Health" }), el("ul", { class: "plain several" }, run.checks.map((one) => verdict(one)))));
   const notes = runs.flatMap((one) => one.notes.map((note) => (runs.length > 1 ? `${one.name}: ` : "") + note));
@@ -83,7 +88,11 @@ function settingsView() {
 }
 
 function evaluationsView() {
-  const all = data.evaluations, names = [...new Set(all.flatMap((one) => Object.keys(one.estimates)))];
+  return el("section", { class: "card" }, estimates(data.evaluations));
+}
+
+function estimates(all) {
+  const names = [...new Set(all.flatMap((one) => Object.keys(one.estimates)))];
   const title = (one) => [runs[one.run].name, one.name].filter(Boolean).join(" · ");
   const body = names.map((name) => [el("code", { text: name }), ...all.map((one) => {
     const found = one.estimates[name];
@@ -92,7 +101,7 @@ function evaluationsView() {
   })]);
   const counts = all.map((one) => `${one.episodes ?? "–"}${one.failed ? `, ${one.failed} failed` : ""}`);
   body.unshift(["episodes", ...counts]);
-  return el("section", { class: "card" }, table("Means over episodes that did not fail, with 95 % intervals", ["", ...all.map(title)], body, ["", ...all.map(() => "num")]));
+  return table("Means over episodes that did not fail, with 95 % intervals", ["", ...all.map(title)], body, ["", ...all.map(() => "num")]);
 }
 
 function budgetView() {
