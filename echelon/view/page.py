@@ -31,7 +31,7 @@ LIVE = "live.js"
 LANGUAGE = """\
 try { new Intl.NumberFormat(navigator.language); }
 catch { Object.defineProperty(navigator, "language", { value: "en" }); }"""
-"""uPlot writes numbers in the browser's language, and ends where that is none: in the locale POSIX it is en-US@posix."""
+"""uPlot writes numbers in the browser's language, and ends where that is none: of the locale POSIX en-US@posix."""
 POINTS = 150_000
 """Numbers of curves that a page holds; longer runs have fewer points for each curve."""
 FEWEST_BYTES = 200_000
@@ -92,7 +92,8 @@ def asset(name: str) -> str:
 
 def assemble(told: str, *, live: bool = False) -> str:
     """The page around what is told. A live one asks the server that it came from, and nobody else, what is new."""
-    scripts = [f"{LANGUAGE}\n/*\n{asset(LICENCE)}*/\n" + asset(SCRIPTS[0]), *map(asset, SCRIPTS[1:]), *([asset(LIVE)] * live)]
+    first = f"{LANGUAGE}\n/*\n{asset(LICENCE)}*/\n{asset(SCRIPTS[0])}"
+    scripts = [first, *map(asset, SCRIPTS[1:]), *([asset(LIVE)] * live)]
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     parts = {
         "connect": "'self'" if live else "'none'",
