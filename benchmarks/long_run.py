@@ -122,15 +122,15 @@ def episode(step: int, place: int, turns: int, draw: random.Random) -> dict[str,
     }
 
 
-def process(*words: str) -> tuple[float, float, str]:
-    """A process to its end: seconds, MiB at most, and what it printed."""
+def process(*words: str) -> tuple[float, float, float, str]:
+    """A process to its end: seconds, those of the processor, MiB at most, and what it printed."""
     began = time.perf_counter()
     started = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True)
     assert started.stdout is not None
     said = started.stdout.read()
     _, status, used = os.wait4(started.pid, 0)
     assert status == 0, said
-    return time.perf_counter() - began, used.ru_maxrss / 1024, said
+    return time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, said
 
 
 def in_browser(page: Path, args: Long) -> Iterator[Row]:
@@ -172,14 +172,15 @@ FILTERED = """async () => {
 
 def measured(folder: Path, args: Long) -> Iterator[Row]:
     """Everything, one after the other."""
-    seconds, memory, _ = process("-m", "echelon", "report", str(folder))
+    seconds, cpu, memory, _ = process("-m", "echelon", "report", str(folder))
     yield Row("the report is written", seconds, 60.0, "s")
+    yield Row("processor time of writing it", cpu, 60.0, "s")
     yield Row("memory of writing it", memory, 2048.0, "MiB")
     yield from in_browser(folder / "report.html", args)
-    seconds, memory, _ = process("-m", "echelon", "watch", str(folder), "--once")
+    seconds, _, memory, _ = process("-m", "echelon", "watch", str(folder), "--once")
     yield Row("a look on the terminal", seconds, 60.0, "s")
     yield Row("memory of that look", memory, 2048.0, "MiB")
-    *refreshes, memory = map(float, process("-c", WATCHING, str(folder), str(args.repeats))[2].split())
+    *refreshes, memory = map(float, process("-c", WATCHING, str(folder), str(args.repeats))[3].split())
     yield Row("processor time of a refresh", median(refreshes), 60.0, "s")
     yield Row("memory of the watching server", memory, 2048.0, "MiB")
 

@@ -60,7 +60,7 @@ def test_help_of_every_recipe_ends_with_commands_that_have_settings_of_it(recipe
     examples = cli._examples(recipe, importlib.import_module(f"echelon.recipes.{recipe.replace('-', '_')}"))
     assert f"echelon {recipe} " in examples
     for line in examples.splitlines():
-        program, name, *words = line.split()
+        program, name, *words = line.partition("   ")[0].split()
         assert program == "echelon"
         flags = {word for word in words if word.startswith("--")}
         assert flags <= {_flag(setting) for setting in _settings(config_of(name))}, line

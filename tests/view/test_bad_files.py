@@ -30,10 +30,11 @@ def odd(write: Write, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"step": 2, "seconds": 3.0, "reward/mean": 1.0, "policy/loss": "low"},
         "[]",
         "null",
-        '{"step": 3, "seco',
     ]
     said = [episode(at, text, [turn(text, role=text[:40], seen=text, note=text)]) for at, text in enumerate(ODD)]
     folder = write(metrics=rows, episodes=said, settings={"env": ODD[1], ODD[0]: ODD[2], "steps": 9})
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "seco')
     with (folder / "episodes.jsonl").open("ab") as file:
         file.write(lines([episode(9, "long", [turn("x" * LONG)])]).encode())
         file.write(b'{"step": 9, "task": "bytes", "turns": [{"role": "a", "text": "\xff\xfe"}]}\n{"step": 10, "ta')
