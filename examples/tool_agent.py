@@ -59,7 +59,7 @@ class Shop:
         return say
 
 
-def main(out: str = "runs/tool_agent", games: int = 2000, copying_steps: int = 400, steps: int = 30) -> int:
+def main(out: str = "runs/tool_agent", games: int = 2000, copying_steps: int = 400, steps: int = 60) -> int:
     """Make a tiny model, show it games of which half are played well, then let it learn from the reward."""
     spec, folder = load_env(f"{__file__}:Shop"), Path(out)
     module, tokenizer = tiny(corpus(spec), vocab_size=320, hidden=64, layers=2, heads=2)
