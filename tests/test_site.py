@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -108,6 +109,18 @@ def test_broken_links_and_things_from_outside_are_found(site: Any, tmp_path: Pat
         "a.html: c.html: there is no such file",
         "b.html: loads https://cdn.example/x.js",
     ]
+
+
+@pytest.mark.parametrize("kind", [echelon.Learner, echelon.Episode, echelon.config.RunConfig, Path, dict])
+def test_a_class_is_found_where_the_standard_library_finds_it(kind: type, site: Any) -> None:
+    def found(findsource: Any) -> Any:
+        try:
+            lines, place = findsource(kind)
+        except (OSError, TypeError) as error:
+            return type(error)
+        return lines[place : place + 3]
+
+    assert found(site("source").quick(inspect.findsource)) == found(inspect.findsource)
 
 
 @pytest.mark.slow
