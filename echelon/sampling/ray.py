@@ -304,6 +304,7 @@ class Pool:
             free = [place for place in list(self.workers) if self._serves(place)]
             if self._patient and len(free) < len(self.workers):
                 return
+            self._patient = False
         except EchelonError as error:
             while self._waiting:
                 *_, waiting = self._waiting.popleft()

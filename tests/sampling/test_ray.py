@@ -9,6 +9,7 @@ import asyncio
 import importlib.util
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -68,6 +69,8 @@ class Told:
     name: int
     promises: dict[str, list[Future[Any]]] = field(default_factory=dict)
     asked: list[list[int]] = field(default_factory=list)
+    told: list[tuple[Any, ...]] = field(default_factory=list)
+    """What it was told besides: the verb, and what came with it."""
 
     def __getattr__(self, verb: str) -> Any:
         return _Verb(self, verb)
@@ -83,6 +86,7 @@ class _Verb:
         self.worker.promises.setdefault(self.verb, []).append(promise)
         if self.verb == "sample":
             self.worker.asked.append(args[1])
+        self.worker.told.append((self.verb, *args))
         return _Reference(promise)
 
 
@@ -320,6 +324,114 @@ def test_weights_may_be_loaded_while_questions_are_open() -> None:
         assert ((await before).version, (await after).version) == (0, 5)
 
     asyncio.run(play())
+
+
+def test_samplers_share_workers_which_know_their_models_by_name() -> None:
+    async def play() -> None:
+        sampler, other = Staged(), pool.Model(7, {"engine": "local"}, version=3)
+        (one,) = asking(sampler, [1])
+        await turns()
+        two = asyncio.create_task(sampler.sample([1], SamplingParams(), other))
+        await turns()
+        first, second = sampler.hired
+        assert [worker.told[0][:2] for worker in (first, second)] == [("open", 0)] * 2
+        assert first.told[1][:3] == ("sample", 0, [1])
+        assert second.told[1] == ("open", 7, {"engine": "local"}, None, None, None, 0, 3)
+        assert second.told[2][:3] == ("sample", 7, [1])
+        first.promises["sample"][0].set_result(said(2))
+        second.promises["sample"][0].set_result(said(2, version=3))
+        assert [(await task).version for task in (one, two)] == [0, 3]
+        sampler.close(other)
+        sampler._replace(sampler.workers[0], "gone")
+        assert [each[:2] for each in sampler.hired[2].told] == [("open", 0)]  # nobody asks for the other any more
+
+    asyncio.run(play())
+
+
+def test_a_worker_lost_while_weights_are_on_their_way_is_replaced_by_one_that_begins_with_them() -> None:
+    async def play() -> None:
+        sampler = Staged()
+        (before,) = asking(sampler, [1])
+        await turns()
+        sampler.hired[0].promises["sample"][0].set_result(said(2))
+        await before
+        await sampler.load(sampler.model, "new", 5)
+        sampler.hired[0].promises["load"][0].set_exception(dead())
+        (after,) = asking(sampler, [1])
+        await turns()
+        assert sampler.hired[2].told[0] == ("open", 0, {}, None, None, "new", 1, 5)
+        assert [place.actor.name for place in sampler.workers] == [2, 1]
+        (there,) = [worker for worker in sampler.hired if ("sample", 0, [1], SamplingParams(), 1) in worker.told]
+        there.promises["sample"][0].set_result(said(3, version=5))
+        assert (await after).version == 5
+
+    asyncio.run(play())
+
+
+def test_without_a_machine_for_a_replacement_the_others_go_on() -> None:
+    def no_third(worker: Told) -> None:
+        if worker.name < 2:
+            up(worker)
+
+    async def play() -> None:
+        sampler = Staged(no_third)
+        first = asking(sampler, [1], [2])
+        await turns()
+        for worker in sampler.hired:
+            worker.promises["sample"][0].set_result(said(3))
+        await asyncio.gather(*first)
+        sampler._replace(sampler.workers[0], "gone")
+        tasks = asking(sampler, [4], [5])
+        await turns()
+        assert sampler.hired[1].asked == [[2], [4], [5]]
+        for promise in sampler.hired[1].promises["sample"][1:]:
+            promise.set_result(said(3))
+        await asyncio.gather(*tasks)
+
+    asyncio.run(play())
+
+
+def test_weights_for_which_there_is_no_room_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def full(_: Any) -> None:
+        raise ray.exceptions.ObjectStoreFullError("The object store is full.")
+
+    module, tokenizer = small()
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "put", full)
+    with pytest.raises(RolloutError, match=r"^Ray has no room for the weights \(The object store is full.*\) Give"):
+        RaySampler(module, tokenizer, RayConfig()).load(module.state_dict().items(), 1)
+
+
+def test_who_gives_up_waiting_gives_up_the_work_in_the_loop_of_workers() -> None:
+    began, ended = threading.Event(), threading.Event()
+
+    async def work() -> None:
+        began.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def play(thread: pool.LoopThread) -> None:
+        task = asyncio.create_task(thread.result(work()))
+        assert await asyncio.to_thread(began.wait, 60)
+        task.cancel()
+        assert await asyncio.to_thread(ended.wait, 60)
+
+    asyncio.run(play(pool.LoopThread()))
+
+
+def test_the_loop_of_workers_ends_when_nobody_holds_it() -> None:
+    before = threading.enumerate()
+    thread = pool.LoopThread()
+    assert thread.run(asyncio.sleep(0, "said")) == "said"
+    (running,) = [other for other in threading.enumerate() if other not in before]
+    loop = thread.loop
+    del thread
+    running.join(60)
+    assert loop.is_closed()
 
 
 def test_giving_up_makes_room_for_others() -> None:
