@@ -122,7 +122,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         pytest.param(RESPONDER, id="responder"),
         pytest.param(TOSCA, id="tosca"),
         pytest.param(CONTROL, id="control"),
-        pytest.param(PLANNED, id="control-planned"),
+        pytest.param((*PLANNED, AHEAD, 1), id="control-planned-ahead"),
     ],
 )
 def test_a_recipe_logs_what_it_logs_without_workers(
