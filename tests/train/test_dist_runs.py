@@ -128,8 +128,10 @@ def recipes(files: dict[str, str], folder: Path) -> dict[str, list[str]]:
     }
     talk = ["--sampling.max-tokens", "4", "--steps", "2", "--episodes-per-step", "4", "--low.policy.minibatches", "1"]
     talk += ["--low.value-minibatches", "1"]
+    dialogues = ["--env", TALK, "--max-turns", "2", "--high-updates", "2", "--high-batch", "4"]
     templates = [word for name, text in TEMPLATES.items() for word in (f"--templates.{name.replace('_', '-')}", text)]
     doors = ["--env", DOORS, "--attempts", "2", "--tasks-per-step", "3", *templates, "--steps", "2"]
+    doors += ["--solver.sampling.max-tokens", "2", "--coach.sampling.max-tokens", "2"]
     steer = ["--env", STEER, "--steps", "2", "--tasks-per-step", "2", "--group-size", "2", "--sampling.max-tokens", "3"]
     poles = [
         "--env",
@@ -156,12 +158,10 @@ def recipes(files: dict[str, str], folder: Path) -> dict[str, list[str]]:
         "rank": [*model, *PLAYS, *few["rank"], *FSDP],
         "strategist": [*model, *decisions, "--rows-per-step", "8", "--max-steps", "2", *FSDP],
         "responder": [*model, *weather, "--reward", f"{folder / 'length.py'}:reward", *talk],
-        "tosca": ["--responder.path", files["model"], "--env", TALK, "--max-turns", "2", "--high-updates", "2", *talk]
-        + ["--high-batch", "4", *FSDP],
-        "feedback": ["--solver.model.path", files["model"], *doors]
-        + ["--solver.sampling.max-tokens", "2", "--coach.sampling.max-tokens", "2"],
+        "tosca": ["--responder.path", files["model"], *dialogues, *talk, *FSDP],
+        "feedback": ["--solver.model.path", files["model"], *doors],
         "control": [*model, *steer, "--plan-every", "3", "--plan-question", QUESTION, "--plan-tokens", "3", *FSDP],
-        "control-mlp": ["--method", "ppo", *poles, "--rows-per-step", "16", "--eval-episodes", "2"],
+        "control-mlp": ["--method", "ppo", *poles, "--hidden", "8", "--rows-per-step", "16", "--eval-episodes", "2"],
         "control-reward": [*judged, "--eval-every", "2", "--dropout", "0"],
     }
 
