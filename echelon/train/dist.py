@@ -297,14 +297,6 @@ class Sharded:
             if part.requires_grad:
                 whole.copy_(part.full_tensor())
 
-    def like(self, part: Any, whole: Tensor) -> Tensor:
-        """A tensor of a weight's shape, such as its mean gradient, cut as that weight is."""
-        from torch.distributed.tensor import distribute_tensor
-
-        there = whole.to(self.device)
-        cut: Tensor = distribute_tensor(there, self.mesh, part.placements, src_data_rank=None)
-        return cut.to(part.device)
-
     def _pairs(self) -> Iterator[tuple[Any, nn.Parameter]]:
         return zip(self.root.parameters(), self.original.parameters(), strict=True)
 

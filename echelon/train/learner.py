@@ -22,7 +22,15 @@ from echelon.errors import CheckpointError, ConfigError, EchelonError
 from echelon.models import lora
 from echelon.train import dist
 from echelon.train.clock import phase
-from echelon.train.optimizers import LOW, LossScale, SavedOptimizer, learning_rate, make_optimizer, save_optimizer
+from echelon.train.optimizers import (
+    LOW,
+    LossScale,
+    SavedOptimizer,
+    learning_rate,
+    make_optimizer,
+    save_optimizer,
+    save_part,
+)
 
 Found = TypeVar("Found")
 
@@ -184,17 +192,20 @@ class Learner:
             self._sharded.put()
 
     def save(self, folder: Path) -> None:
-        """Weights (a Hugging Face folder if the module is one, peft's if it has adapters), optimizer and counters."""
+        """Weights (a Hugging Face folder if the module is one, peft's if it has adapters), optimizer and counters.
+
+        Of several ranks one calls it; meanwhile all others must call `attend`.
+        """
         self.refresh()
         save_module(self.module, folder, self.tokenizer, adapter=self.adapter)
         scale = self.loss_scale
         counters = {} if scale is None else {"loss_scale": scale.scale, "loss_scale_steps": scale.steps}
         save_optimizer(self.optimizer, folder, self._own_masters(), version=self.version, **counters)
 
-    def attend(self) -> None:
-        """Give what this rank holds to the one that saves."""
+    def attend(self, folder: Path) -> list[Path]:
+        """Write what this rank holds into the folder that another one saves to; returns the files it wrote."""
         self.refresh()
-        save_optimizer(self.optimizer, None, self._own_masters())
+        return save_part(self.optimizer, folder, self._own_masters())
 
     def load(self, folder: Path) -> None:
         """Continue exactly where `save` was called. Raises CheckpointError if something else was saved there."""
@@ -214,7 +225,7 @@ class Learner:
         load_module(self.module, folder, adapter=self.adapter)
         if self._sharded is not None:
             self._sharded.take()
-        saved.load(self.optimizer, self._own_masters(), like=None if self._sharded is None else self._sharded.like)
+        saved.load(self.optimizer, self._own_masters())
         self.version = int(saved.counters["version"])
         if self.loss_scale is not None:
             self.loss_scale = LossScale(saved.counters["loss_scale"], saved.counters["loss_scale_steps"])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import sys
@@ -147,16 +148,41 @@ def saved(folder: Path) -> dict[str, Any]:
     """Learning that goes on in a new learner, from what another one saved."""
     first = Learner(model().to(torch.bfloat16), OPTIM, name="lm")
     curve(first, steps=2, tokens_per_pass=72)
-    if dist.writes():
-        folder.mkdir(parents=True, exist_ok=True)
-        first.save(folder)
-    else:
-        first.attend()
-    dist.wait()
+    keep(first, folder)
     again = Learner(model().to(torch.bfloat16), OPTIM, name="lm")
     again.load(folder)
     dist.wait()
     return {"first": curve(first, steps=2, tokens_per_pass=72), "again": curve(again, steps=2, tokens_per_pass=72)}
+
+
+def keep(learner: Learner, folder: Path) -> None:
+    """Save as a checkpoint does: one rank into the folder, the others what they hold."""
+    if dist.writes():
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.wait()
+    if dist.writes():
+        learner.save(folder)
+    else:
+        learner.attend(folder)
+    dist.wait()
+
+
+def moved(folder: Path) -> dict[str, Any]:
+    """Four steps, of which the last two are taken by a learner under the other strategy, from what the first saved.
+
+    Both leave what they saved: `first`, and `last` after all four.
+    """
+    first = Learner(model(), OPTIM, name="lm", resident=False)
+    curve(first, steps=2, tokens_per_pass=72)
+    keep(first, folder / "first")
+    ranks = dist.ranks()
+    other = "zero3" if ranks is not None and ranks.settings.strategy == "ddp" else "ddp"
+    with contextlib.nullcontext() if ranks is None else under(replace(ranks, settings=STRATEGIES[other])):
+        last = Learner(model(), OPTIM, name="lm")
+        last.load(folder / "first")
+        found = curve(last, steps=2, tokens_per_pass=72)
+        keep(last, folder / "last")
+    return found
 
 
 class Messages(TorchDispatchMode):
@@ -201,7 +227,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
     """All of them under one strategy."""
     found = {"sft": sft(), "on the host": sft(resident=False), "one row": one_row(), "half": half()}
     found |= {"adapter": adapter(), "critic": critic(), "read": read(), "refused": refused()}
-    return found | {"saved": saved(folder)}
+    return found | {"saved": saved(folder), "moved": moved(folder / "moved")}
 
 
 def main(out: Path) -> None:
