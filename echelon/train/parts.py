@@ -26,30 +26,33 @@ def write(tensors: Mapping[str, Tensor], folder: Path) -> list[Path]:
     Of what all ranks hold one writes it. All must call it with the same names, and what is raised on one is raised on
     all.
     """
-    from torch.distributed import checkpoint, get_rank
+    from torch.distributed import get_rank
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     with _as_raised():
-        writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        checkpoint.save(dict(tensors), storage_writer=writer)
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save(dict(tensors), storage_writer=writer)
     return sorted(folder.glob(f"shard-{get_rank() + 1:05d}-*.safetensors"))
 
 
 def shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape, of the whole, and type of every tensor in the files of a folder."""
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    found = checkpoint.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: (saved.size, saved.properties.dtype) for name, saved in found.items()}  # type: ignore[union-attr]
 
 
 def read(folder: Path, into: Mapping[str, Tensor]) -> None:
     """Fill these tensors, or what this rank holds of them, from the files of a folder; nothing else is read."""
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     with _as_raised(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
-        reader = checkpoint.HuggingFaceStorageReader(str(folder))
-        checkpoint.load(dict(into), storage_reader=reader, no_dist=True)
+        reader = HuggingFaceStorageReader(str(folder))
+        load(dict(into), storage_reader=reader, no_dist=True)
 
 
 @contextlib.contextmanager

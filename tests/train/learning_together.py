@@ -24,7 +24,7 @@ from echelon.config import DistConfig, LoraConfig, OptimConfig
 from echelon.data.packing import Batch, copies, pack
 from echelon.models import lora
 from echelon.models.heads import TokenValue, token_values
-from echelon.models.lm import tiny, token_logprobs
+from echelon.models.lm import tiny, token_logprobs, weights_without_numbers
 from echelon.ops import bellman, losses
 from echelon.train import dist
 from echelon.train.ema import Average
@@ -71,9 +71,9 @@ def curve(learner: Learner, *, steps: int, tokens_per_pass: int, rows: int = 7, 
 
 
 def summary(module: nn.Module) -> list[float]:
-    """A few numbers that depend on all weights, and hardly on rounding."""
+    """A few numbers that depend on all weights, and hardly on rounding; nothing of shapes alone."""
     with torch.no_grad():
-        return [float(parameter.double().norm()) for parameter in module.parameters()]
+        return [float(parameter.double().norm()) for parameter in module.parameters() if not parameter.is_meta]
 
 
 def sft(**how: Any) -> dict[str, Any]:
@@ -185,6 +185,27 @@ def moved(folder: Path) -> dict[str, Any]:
     return found
 
 
+def given(folder: Path) -> dict[str, Any]:
+    """Four steps of a model that of ranks with parts only the first has, the last two after it was saved."""
+    how: dict[str, Any] = {"name": "lm", "resident": False, "place": torch.device("cpu")}
+    first = Learner(shapes_or_model(), OPTIM, **how)
+    curve(first, steps=2, tokens_per_pass=72)
+    keep(first, folder)
+    again = Learner(shapes_or_model(), OPTIM, **how)
+    again.load(folder)
+    found = curve(again, steps=2, tokens_per_pass=72)
+    return found | {"rows": again.evaluate(batch(5), token_logprobs, 72).sum(1).tolist()}
+
+
+def shapes_or_model() -> nn.Module:
+    """The model; where ranks will hold parts of it, its shapes alone on all but the first."""
+    ranks = dist.ranks()
+    if ranks is None or ranks.settings.strategy == "ddp" or ranks.rank == 0:
+        return model()
+    with weights_without_numbers():
+        return model()
+
+
 class Messages(TorchDispatchMode):
     """Counts what ranks exchange."""
 
@@ -227,7 +248,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
     """All of them under one strategy."""
     found = {"sft": sft(), "on the host": sft(resident=False), "one row": one_row(), "half": half()}
     found |= {"adapter": adapter(), "critic": critic(), "read": read(), "refused": refused()}
-    return found | {"saved": saved(folder), "moved": moved(folder / "moved")}
+    return found | {"saved": saved(folder), "moved": moved(folder / "moved"), "given": given(folder / "given")}
 
 
 def main(out: Path) -> None:

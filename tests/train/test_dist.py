@@ -210,6 +210,7 @@ def test_twenty_clipped_steps_of_two_ranks_are_those_of_one_process(
         ("critic", TO_THE_LETTER),
         ("read", TO_THE_LETTER),
         ("moved", TO_THE_LETTER),
+        ("given", TO_THE_LETTER),
         ("half", ROUNDED),
         ("saved", ROUNDED),
     ],

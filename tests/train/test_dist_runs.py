@@ -74,7 +74,7 @@ def test_a_run_goes_from_two_ranks_to_one_process_and_back_as_if_one_process_had
     assert (first.returncode, first.stderr) == (0, "")
     assert first.stdout.count("sft 1/2") == 1  # one rank speaks
     assert cli.main([*words, "4", "--out", out, "--resume"]) == 0
-    last = two_ranks(*words, "6", "--out", out, "--resume")
+    last = two_ranks(*words, "6", "--out", out, "--resume", *FSDP)
     assert (last.returncode, last.stderr) == (0, "")
 
     assert cli.main([*words, "6", "--out", str(tmp_path / "stayed")]) == 0
