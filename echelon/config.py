@@ -189,6 +189,10 @@ class SamplingConfig:
     engines in other processes, which Ray carries them to. On the command line, `--sampler` says it for all levels."""
     sleep: bool = False
     """vLLM gives its memory on the accelerator back while weights learn."""
+    adapters: Literal["folded", "apart"] = "folded"
+    """What vLLM is given of a model with an adapter: whole weights, with the adapter folded into them; or, apart, the
+    weights below it once and after every step the adapter alone. Levels whose adapters are apart and on one base share
+    one vLLM."""
     ray: RayConfig = RayConfig()
     """Those other processes."""
 
@@ -203,6 +207,8 @@ class SamplingConfig:
         demand(self, "temperature", drawn, "vLLM draws at 0.01 to 2. Give one of those, or use sampler = local.")
         because = "the local engine holds no memory of its own to give back. Use sampler = vllm, or leave it out."
         demand(self, "sleep", not self.sleep or self.sampler == "vllm", because)
+        because = "only vLLM holds weights that the adapter could be apart from. Use sampler = vllm, or leave it out."
+        demand(self, "adapters", self.adapters == "folded" or self.sampler == "vllm", because)
 
 
 @dataclass(frozen=True)

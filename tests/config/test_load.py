@@ -244,6 +244,11 @@ def test_the_sampler_is_said_once_for_all_levels_and_again_for_one() -> None:
             "sampling.sleep = true: the local engine holds no memory of its own to give back. Use sampler = vllm, or "
             "leave it out.",
         ),
+        (
+            ("--sampling.adapters", "apart"),
+            "sampling.adapters = apart: only vLLM holds weights that the adapter could be apart from. Use sampler = "
+            "vllm, or leave it out.",
+        ),
         (("--rollout-workers", "0"), "sampling.ray.workers = 0: nobody would draw. Give 1 or more."),
         (
             ("--sampling.ray.gpus", "1.5"),
