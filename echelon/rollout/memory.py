@@ -19,6 +19,7 @@ from echelon.models.lora import AdapterView
 from echelon.ops.vocabulary import LOGITS_KEPT, LOGITS_PER_BLOCK
 from echelon.sampling.cache import bytes_per_key
 from echelon.sampling.ray import RaySampler
+from echelon.sampling.served import ServedSampler
 from echelon.sampling.vllm import VllmSampler
 from echelon.train import dist
 from echelon.train.learner import Learner
@@ -160,8 +161,8 @@ def _row_and_column_sums(shape: Sequence[int]) -> int:
 
 def _engine(engine: Engine, tokens_per_step: int, ranks: int) -> Bytes:
     """What a sampler takes: keys and values of all that is read and said in a step, at most its budget; and the copies
-    of the weights that vLLM and rollouts ahead hold. What Ray's workers take lies with them."""
-    if isinstance(engine.sampler, RaySampler):
+    of the weights that vLLM and rollouts ahead hold. What Ray's workers and servers take lies with them."""
+    if isinstance(engine.sampler, RaySampler | ServedSampler):
         return {}
     module: Any = engine.sampler.module  # type: ignore[attr-defined]
     budget: int = engine.sampler.cache_tokens  # type: ignore[attr-defined]

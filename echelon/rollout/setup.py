@@ -24,6 +24,7 @@ from echelon.rollout.memory import Plan, table
 from echelon.rollout.roles import Role
 from echelon.sampling.local import LocalSampler
 from echelon.sampling.ray import RaySampler
+from echelon.sampling.served import ServedSampler
 from echelon.sampling.vllm import VllmSampler
 from echelon.seeds import derive_seed
 from echelon.text.chat import Renderer, set_up_template
@@ -113,6 +114,8 @@ def open_sampler(
     longest = sampling.max_prompt_tokens + max(sampling.max_tokens, max_tokens)
     if sampling.sampler == "ray":
         return RaySampler(module, tokenizer, sampling.ray, longest=longest, cache_tokens=kept)
+    if sampling.sampler == "server":
+        return ServedSampler(module, tokenizer, sampling.server, longest=longest)
     apart = sampling.adapters == "apart"
     shared = beside if apart and isinstance(beside, VllmSampler) and beside.shares(module) else None
     return VllmSampler(

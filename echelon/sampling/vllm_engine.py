@@ -113,7 +113,7 @@ class Engine:
         """One completion. Raises RolloutError for more tokens than fit, and ConfigError for parameters that vLLM does
         not know."""
         assert prompt, "a prompt needs at least one token"
-        _check_length(voice, prompt, params)
+        check_length(voice.longest, prompt, params)
         done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         ending = Ending(params, voice.tokenizer)
         self._waiting.append(_Request(voice, list(prompt), _translated(params), ending, done))
@@ -314,11 +314,8 @@ class Engine:
         said = list(found.token_ids)
         theirs = torch.tensor([scores[token].logprob for token, scores in zip(said, found.logprobs, strict=True)])
         weight = next(voice.module.parameters())
-        ids = torch.tensor([prompt + said], device=weight.device)
-        speaking = nullcontext() if voice.adapter is None else lora.use(voice.module, voice.adapter)
-        with torch.no_grad(), evaluating(voice.module), speaking:
-            logits = voice.module(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        ours = torch.log_softmax(logits, -1).gather(-1, ids[0, len(prompt) :, None])[:, 0].cpu()
+        with nullcontext() if voice.adapter is None else lora.use(voice.module, voice.adapter):
+            ours = logprobs_of(voice.module, prompt, said)
         if not (ours - theirs).abs().mean() <= (1e-3 if weight.dtype == torch.float32 else 0.1):
             raise DataError(
                 f"{type(voice.module).__name__}: vLLM computes other log-probabilities than the model itself (by "
@@ -332,11 +329,20 @@ def settings(module: nn.Module) -> Any:
     return module.config
 
 
-def _check_length(voice: Voice, prompt: list[int], params: SamplingParams) -> None:
-    if len(prompt) + params.max_tokens > voice.longest:
+def logprobs_of(module: nn.Module, prompt: list[int], said: list[int], *, temperature: float = 1.0) -> Tensor:
+    """Log-probs of these tokens after that prompt by the module itself, (T,), on the CPU."""
+    ids = torch.tensor([prompt + said], device=next(module.parameters()).device)
+    with torch.no_grad(), evaluating(module):
+        logits = module(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    return torch.log_softmax(logits / temperature, -1).gather(-1, ids[0, len(prompt) :, None])[:, 0].cpu()
+
+
+def check_length(longest: int, prompt: list[int], params: SamplingParams) -> None:
+    """Raise RolloutError for a prompt and an answer that together are longer."""
+    if len(prompt) + params.max_tokens > longest:
         raise RolloutError(
             f"a prompt of {len(prompt)} tokens and an answer of up to {params.max_tokens} do not fit the "
-            f"{voice.longest} tokens that vLLM has room for. Raise sampling.max_prompt_tokens or "
+            f"{longest} tokens that vLLM has room for. Raise sampling.max_prompt_tokens or "
             "sampling.max_tokens, take a model with more positions, or use --sampler local."
         )
 
