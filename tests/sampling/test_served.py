@@ -432,7 +432,7 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_log_probs_of_vllms_server_are_the_trainers_after_each_update(vllm_server: str, tmp_path: Path) -> None:
     module, tokenizer = small()
     sampler = ServedSampler(module, tokenizer, ServerConfig(url=vllm_server, folder=str(tmp_path)), longest=160)
-    learner = Learner(module, OptimConfig(lr=3e-3))
+    learner = Learner(module, OptimConfig(lr=3e-2))
     requests = [(ids(70 + n, n), SamplingParams(max_tokens=8, temperature=0.7, seed=2**62 + n)) for n in range(3)]
     told = []
     for update in range(5):
