@@ -53,6 +53,9 @@ class Config(CommandConfig):
     """Steps that a learned expert learns for. It is kept in the folder and learned once."""
     expert_share: float = 0.5
     """At which part of the steps the expert acts, where the policy is medium."""
+    disturbed: float = 0.0
+    """At which part of the steps the environment does something at random in place of what the policy chose. The data
+    keep what was chosen, and so say how to come back from where the policy alone would not get (DART, 1703.09327)."""
     ranges: Literal["space", "data"] = "space"
     """Where the axes of bins end: at the bounds of the space, or where the data do."""
     outside: float = 0.005
@@ -74,6 +77,9 @@ class Config(CommandConfig):
         demand(self, "expert", self.expert in known, f"there is no such expert. Give one of {', '.join(known)}.")
         demand(self, "expert_steps", self.expert_steps >= 1, "nothing is learned in none. Give 100000, or more.")
         demand(self, "expert_share", 0 <= self.expert_share <= 1, "it is a part of the steps. Give 0 to 1.")
+        demand(self, "disturbed", 0 <= self.disturbed < 1, "it is a part of the steps. Give 0 to 0.5.")
+        because = "what is in a dataset has happened. Leave it out, or let a policy play."
+        demand(self, "disturbed", not (self.disturbed and self.dataset), because)
         demand(self, "outside", 0 <= self.outside < 0.5, "it is a part of the data. Give 0.01, or less.")
         demand(self, "examples", self.examples >= 0, "it counts steps. Give 0 for none.")
         demand(self, "eval_fraction", 0 <= self.eval_fraction < 1, "it is a part of the episodes. Give 0 to 0.5.")
@@ -114,7 +120,7 @@ def recorded(cfg: Config, out: Path, settings: environments.Settings) -> Recordi
     )
     environments.codec_for(simulator, cfg.env_id, replace(settings, style="float", observation_style="", codec=""))
     place = control.collect_minari(
-        simulator,
+        environments.disturbed(simulator, cfg.disturbed) if cfg.disturbed else simulator,
         policy_of(cfg, simulator, out / f"expert-{plain(cfg.env_id)}-{cfg.expert}-{cfg.expert_steps}-{cfg.seed}.zip"),
         out / MINARI,
         dataset_id=f"{plain(cfg.env_id)}-{cfg.policy}-v0",
