@@ -59,6 +59,7 @@ EXTRAS = {
     "ray": "ray",
     "control": "gymnasium",
     "video": "moviepy",
+    "physics": "mujoco",
     "experts": "stable-baselines3",
     "browser": "playwright",
     "docs": "sphinx",

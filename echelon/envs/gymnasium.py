@@ -266,7 +266,7 @@ def make_simulator(
     """The environment of Gymnasium itself. Raises as `gymnasium_env` does, in a line that says what to do."""
     gymnasium = need("gymnasium", EXTRA)
     if env_id.startswith("dm_control/"):
-        need("shimmy", EXTRA)  # importing it makes its environments known
+        need("shimmy", "physics")  # importing it makes its environments known
     _check_known(gymnasium, env_id)
     spec = gymnasium.registry.get(env_id.rpartition(":")[2])
     limit = horizon or (None if spec is not None and spec.max_episode_steps else LONGEST_EPISODE)

@@ -506,7 +506,7 @@ METHODS = sorted(file for file in (ROOT / "configs" / "grpo").glob("*.yaml") if 
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.seeds(0, 1)
 @pytest.mark.parametrize("method", METHODS, ids=[file.stem for file in METHODS])
 def test_every_method_learns_a_rule_from_prompts_and_a_python_function(
     tmp_path: Path, spell: list[object], method: Path, seed: int
