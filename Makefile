@@ -73,7 +73,7 @@ clean:
 	$(BIN)/python -m venv .venv/vllm
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 	  > $$($(VLLM)/python -c 'import site; print(site.getsitepackages()[0])')/below.pth
-	$(VLLM)/python $(INSTALL) --editable '.[vllm]' || { \
+	$(VLLM)/python $(INSTALL) --no-warn-conflicts --editable '.[vllm]' || { \
 	  echo "vLLM cannot be installed: it has wheels for Linux alone, and asks for the CPU build of torch in .venv."; \
 	  echo "CONTRIBUTING.md says how to install that. Everything else is tested without it: make test"; exit 1; }
 	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
