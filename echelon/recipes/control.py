@@ -341,7 +341,9 @@ def open_both(cfg: Config) -> Levels:
     if cfg.plan_every:
         above = controller
         if cfg.planner.path:
-            above = actors["planner"] = open_actor(cfg.planner, cfg.sampling, lora=cfg.lora, name=PLANNER)
+            beside = controller.sampler
+            above = open_actor(cfg.planner, cfg.sampling, lora=cfg.lora, name=PLANNER, beside=beside)
+            actors["planner"] = above
         params = replace(above.role.params, max_tokens=cfg.plan_tokens, stop=(GOAL_END,))
         planner = Role(PLANNER, above.sampler, above.role.renderer, params)
     updates = max(0, cfg.steps - cfg.warmup_steps) * cfg.policy.epochs * cfg.policy.minibatches

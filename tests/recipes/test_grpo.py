@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -20,12 +19,12 @@ from echelon.data.packing import Batch, pack
 from echelon.envs import EnvSpec
 from echelon.envs.prompts import prompts_env
 from echelon.errors import ConfigError, RolloutError
-from echelon.models.lm import tiny
 from echelon.recipes.grpo import Config, at_first, average_of, compare, play_groups, to_go
 from echelon.rollout.rewards import Reward, Rewards
 from echelon.train.policy import PolicyConfig
 from echelon.types import Episode, Message, Task, Turn
-from tests.recipes.conftest import Run, taught
+from tests.recipes.conftest import Run
+from tests.recipes.speller import speller, spelling
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--steps", 2, "--tasks-per-step", 2, "--group-size", 4, "--policy.epochs", 2)
@@ -414,40 +413,16 @@ def test_without_a_comparison_one_answer_to_each_prompt_is_enough() -> None:
     assert config(group_size=1, baseline="batch").group_size == 1
 
 
-LETTERS = "abc"
-
-REWARDS = """
-def same(prompts, completions, answer):
-    return [float(said == wanted) for said, wanted in zip(completions, answer, strict=True)]
-
-
-def brief(prompts, completions):
-    return [-float(len(said) > 1) for said in completions]
-"""
-
-
 @pytest.fixture(scope="session")
-def speller(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with prompts that ask for a letter, rewards, and a model that says this one every other time, and else
-    one of two others."""
-    folder = tmp_path_factory.mktemp("letters")
-    rows = [{"prompt": f"say {letter}", "answer": letter} for letter in LETTERS]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "rewards.py").write_text(REWARDS)
-    games = [{"prompt": row["prompt"], "response": letter} for row in rows for letter in LETTERS + row["answer"]]
-    (folder / "games.jsonl").write_text("".join(json.dumps(game) + "\n" for game in games))
-    module, tokenizer = tiny([row["prompt"] for row in rows], vocab_size=300, hidden=32, layers=1, heads=2)
-    module.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    taught(folder / "model", folder / "games.jsonl", folder / "sft", epochs=150)
-    return folder
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts, rewards, and the model that follows their rule every other time."""
+    return speller(tmp_path_factory.mktemp("letters"))
 
 
 @pytest.fixture
-def spell(speller: Path) -> list[object]:
+def spell(letters: Path) -> list[object]:
     """Flags to train on it."""
-    words = ["--model.path", speller / "sft", "--data.path", speller / "prompts.jsonl", "--sampling.max-tokens", 3]
-    return [*words, "--reward", f"{speller}/rewards.py:same", f"{speller}/rewards.py:brief"]
+    return spelling(letters)
 
 
 def test_prompts_and_reward_functions_are_enough_and_each_reward_is_logged(train, spell: list[object]) -> None:
