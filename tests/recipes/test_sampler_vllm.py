@@ -29,12 +29,13 @@ TALK = "--env tests.recipes.talk:Talk --max-turns 3"
 ACTOR = "--model.path MODEL --policy.optim.lr 1e-2 --policy.epochs 1 --policy.minibatches 1 --sampling.max-tokens 6"
 REPLIES = "--low.policy.optim.lr 1e-2 --low.policy.epochs 1 --low.policy.minibatches 1 --sampling.max-tokens 6"
 SOLVES = "--solver.model.path MODEL --solver.sampling.max-tokens 6 --coach.sampling.max-tokens 6"
-BOTH = [f"--{level}.policy.optim.lr 1e-2 --{level}.policy.minibatches 1" for level in ("solver", "coach")]
+LEARNS = "--LEVEL.policy.optim.lr 1e-2 --LEVEL.policy.epochs 1 --LEVEL.policy.minibatches 1"
+BOTH = " ".join(LEARNS.replace("LEVEL", level) for level in ("solver", "coach"))
 RUNS = {
     "archer": f"{ACTOR} {TALK} --episodes-per-step 6 --warmup-steps 0 --critic-updates 2",
     "control": f"{ACTOR} --env tests.recipes.steer:Steer --tasks-per-step 3 --group-size 4 --plan-every 3 "
     "--planner.path MODEL --plan-tokens 4",
-    "feedback": f"{SOLVES} {' '.join(BOTH)} --data.path MODEL/asked.jsonl --reward MODEL/rewards.py:length "
+    "feedback": f"{SOLVES} {BOTH} --data.path MODEL/asked.jsonl --reward MODEL/rewards.py:length "
     "--tasks-per-step 2 --attempts 2",
     "grpo": f"{ACTOR} {TALK} --tasks-per-step 2 --group-size 4",
     "ppo": f"{ACTOR} {TALK} --episodes-per-step 6 --warmup-steps 0",
