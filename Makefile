@@ -4,6 +4,7 @@
 # make test         all tests, those that train included; where there is no vLLM, its tests skip
 # make test-vllm    the tests of vLLM, in an environment that has it
 # make docs         these pages and the reference as a site in build/site
+# make browser      Chromium from npm into build/, for the tests that look at pages; not where one is installed
 # make clean        remove .venv and caches; runs/ stays
 #
 # PYTHON=python3.12 chooses the interpreter. PIP_ARGS goes to the installation of torch: see CONTRIBUTING.md.
@@ -17,7 +18,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --constraint const
 PIP := $(BIN)/python $(INSTALL)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help quickstart setup lint check test test-vllm docs clean
+.PHONY: help quickstart setup lint check test test-vllm docs browser clean
 .DEFAULT_GOAL := help
 
 help:
@@ -46,6 +47,13 @@ test-vllm: .venv/.vllm
 docs: .venv/.docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --fresh-env --quiet -d build/doctrees docs build/site
 	@echo "build/site/index.html"
+
+browser:
+	@command -v chromium > /dev/null || test -d build/browser || { rm -rf build/new && mkdir -p build/new && cd build/new && \
+	  npm install --silent --no-save --no-fund --no-audit @sparticuz/chromium@147.0.0 && \
+	  TMPDIR=$$PWD node -e 'import("@sparticuz/chromium").then((found) => found.default.executablePath())' && \
+	  printf '<fontconfig><dir prefix="relative">.</dir><dir>/usr/share/fonts</dir></fontconfig>' > fonts/fonts.conf && \
+	  rm -r node_modules && mv ../new ../browser; }
 
 clean:
 	rm -rf docs/reference .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -513,6 +517,22 @@ def test_it_learns_from_what_the_weights_of_a_step_before_have_played(
     assert sum(right[:2]) / 2 < 0.6
     assert sum(right[-3:]) / 3 > 0.8
     assert max(row["policy/mismatch/kl"] for row in rows[1:]) > 1e-3  # it was stale
+
+
+@pytest.mark.ray
+@pytest.mark.learning
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+def test_it_learns_from_what_workers_of_ray_have_drawn(tmp_path: Path, spell: list[object]) -> None:
+    """From every other letter right to four in five, in 40 steps, as in process."""
+    flags = [*spell, "--steps", 40, "--tasks-per-step", 6, "--group-size", 8, "--policy.optim.lr", 2e-3]
+    flags += ["--policy.optim.schedule", "linear", "--threads", 1, "--out", tmp_path / "run"]
+    command = [sys.executable, "-m", "echelon", "launch", "--on", "ray", "--rollout-workers", 2, "grpo", *flags]
+    around = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(word) for word in command], env=around, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    right = [row["reward/same"] for row in Run(tmp_path / "run").rows()]
+    assert sum(right[:2]) / 2 < 0.6
+    assert sum(right[-3:]) / 3 > 0.8
 
 
 @pytest.mark.learning
