@@ -20,7 +20,7 @@ def brief(prompts, completions):
 """
 
 
-def speller(folder: Path, *, heads: int = 2) -> Path:
+def speller(folder: Path, *, hidden: int = 32, lr: float = 1e-2) -> Path:
     """The folder with prompts that ask for a letter, rewards, and a model that says this one every other time, and else
     one of two others."""
     rows = [{"prompt": f"say {letter}", "answer": letter} for letter in LETTERS]
@@ -28,10 +28,10 @@ def speller(folder: Path, *, heads: int = 2) -> Path:
     (folder / "rewards.py").write_text(REWARDS)
     games = [{"prompt": row["prompt"], "response": letter} for row in rows for letter in LETTERS + row["answer"]]
     (folder / "games.jsonl").write_text("".join(json.dumps(game) + "\n" for game in games))
-    module, tokenizer = tiny([row["prompt"] for row in rows], vocab_size=300, hidden=32, layers=1, heads=heads)
+    module, tokenizer = tiny([row["prompt"] for row in rows], vocab_size=300, hidden=hidden, layers=1, heads=2)
     module.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    taught(folder / "model", folder / "games.jsonl", folder / "sft", epochs=150)
+    taught(folder / "model", folder / "games.jsonl", folder / "sft", epochs=150, lr=lr)
     return folder
 
 

@@ -29,12 +29,13 @@ TALK = "--env tests.recipes.talk:Talk --max-turns 3"
 ACTOR = "--model.path MODEL --policy.optim.lr 1e-2 --policy.epochs 1 --policy.minibatches 1 --sampling.max-tokens 6"
 REPLIES = "--low.policy.optim.lr 1e-2 --low.policy.epochs 1 --low.policy.minibatches 1 --sampling.max-tokens 6"
 SOLVES = "--solver.model.path MODEL --solver.sampling.max-tokens 6 --coach.sampling.max-tokens 6"
-BOTH = [f"--{level}.policy.optim.lr 1e-2 --{level}.policy.minibatches 1" for level in ("solver", "coach")]
+LEARNS = "--LEVEL.policy.optim.lr 1e-2 --LEVEL.policy.epochs 1 --LEVEL.policy.minibatches 1"
+BOTH = " ".join(LEARNS.replace("LEVEL", level) for level in ("solver", "coach"))
 RUNS = {
     "archer": f"{ACTOR} {TALK} --episodes-per-step 6 --warmup-steps 0 --critic-updates 2",
     "control": f"{ACTOR} --env tests.recipes.steer:Steer --tasks-per-step 3 --group-size 4 --plan-every 3 "
     "--planner.path MODEL --plan-tokens 4",
-    "feedback": f"{SOLVES} {' '.join(BOTH)} --data.path MODEL/asked.jsonl --reward MODEL/rewards.py:length "
+    "feedback": f"{SOLVES} {BOTH} --data.path MODEL/asked.jsonl --reward MODEL/rewards.py:length "
     "--tasks-per-step 2 --attempts 2",
     "grpo": f"{ACTOR} {TALK} --tasks-per-step 2 --group-size 4",
     "ppo": f"{ACTOR} {TALK} --episodes-per-step 6 --warmup-steps 0",
@@ -110,12 +111,12 @@ def test_what_vllm_says_is_the_policys_before_and_after_it_learned(
 @pytest.mark.vllm
 @pytest.mark.learning
 @needs_vllm
-def test_a_rule_is_learned_through_vllm(train: Train, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """From every other letter right to four in five, as with the local engine."""
-    flags = ["--steps", 40, "--tasks-per-step", 6, "--group-size", 8, "--policy.optim.lr", 2e-3]
+def test_a_rule_is_learned_through_vllm(train: Train, tmp_path: Path) -> None:
+    """From every other letter right to four in five, as with the local engine; measured: to 0.99."""
+    flags = ["--steps", 30, "--tasks-per-step", 6, "--group-size", 8, "--policy.optim.lr", 1e-3]
     flags += ["--policy.optim.schedule", "linear", "--sampler", "vllm", "--sampling.cache-tokens", 4096]
-    rows = train("grpo", *spelling(speller(tmp_path_factory.mktemp("letters"), heads=1)), *flags).rows()
+    rows = train("grpo", *spelling(speller(tmp_path, hidden=64, lr=3e-3)), *flags).rows()
     right = [row["reward/same"] for row in rows]
-    assert sum(right[:2]) / 2 < 0.6
+    assert right[0] < 0.6
     assert sum(right[-3:]) / 3 > 0.8
     assert all(row["policy/first_mismatch"] <= 1e-4 for row in rows)
