@@ -25,8 +25,13 @@ from echelon.envs.experts import expert
 from echelon.errors import ConfigError, DataError
 from echelon.seeds import derive_seed
 from echelon.text.codec import Codec, measured_ranges
+from echelon.train.log import typed
 
-TRAIN, TEST, EXAMPLES, MINARI = "train.jsonl", "test.jsonl", "examples.json", "minari"
+EXAMPLES = """\
+echelon control-data --env-id CartPole-v1 --episodes 100 --out data/cartpole_expert
+echelon control-data --env-id CartPole-v1 --policy medium --expert-share 0.45 --out data/cartpole_medium
+echelon control-data --dataset mujoco/halfcheetah/expert-v0 --download --out data/cheetah"""
+TRAIN, TEST, SHOWN, MINARI = "train.jsonl", "test.jsonl", "examples.json", "minari"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +114,9 @@ def main(cfg: Config) -> None:
     if not cfg.dry_run:
         write(out, cfg, episodes, aside, codec, shown, settings.system, summary)
     print("\n".join(f"{name:<24} {value}" for name, value in summary.items() if not isinstance(value, dict)))
+    if not cfg.dry_run:
+        learn = typed("sft", "--data.path", str(out / TRAIN), "--model.path", "MODEL", "--out", "runs/sft")
+        print(f"{out}: rows of text, arrays and summary.json. Learn from them: {learn}")
 
 
 def recorded(cfg: Config, out: Path, settings: environments.Settings) -> Recording:
@@ -230,9 +238,9 @@ def write(
         else:
             (out / name).unlink(missing_ok=True)
     if shown:
-        write_json(out / EXAMPLES, [[np.asarray(part).tolist() for part in pair] for pair in shown])
+        write_json(out / SHOWN, [[np.asarray(part).tolist() for part in pair] for pair in shown])
     else:
-        (out / EXAMPLES).unlink(missing_ok=True)
+        (out / SHOWN).unlink(missing_ok=True)
     unfinished = out / f".new-{control.ARRAYS}"
     np.savez_compressed(unfinished, **control.control_arrays(episodes, aside, gamma=cfg.gamma))  # type: ignore[arg-type]
     unfinished.replace(out / control.ARRAYS)
@@ -253,7 +261,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _check_folder(out: Path) -> None:
     """Raise ConfigError for a folder with something else in it: what is written replaces what has the same name."""
-    ours = {TRAIN, TEST, EXAMPLES, MINARI, control.CODEC, control.ARRAYS, control.SUMMARY}
+    ours = {TRAIN, TEST, SHOWN, MINARI, control.CODEC, control.ARRAYS, control.SUMMARY}
     if out.is_file():
         raise ConfigError(f"out = {out}: it is a file. Give a folder.")
     others = [path.name for path in out.iterdir() if path.name not in ours] if out.is_dir() else []

@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from echelon.config import LoraConfig, ModelConfig, SamplingConfig
+from echelon.config import DistConfig, LoraConfig, ModelConfig, SamplingConfig
 from echelon.envs import EnvSpec, check_env, load_env
 from echelon.errors import CheckpointError
 from echelon.models import lora as adapters
-from echelon.models.lm import check_vocabulary, count_parameters, load_lm, load_tokenizer
+from echelon.models.lm import check_vocabulary, count_parameters, load_lm, load_tokenizer, pick_device
 from echelon.rollout.memory import Plan, table
 from echelon.rollout.roles import Role
 from echelon.sampling.local import LocalSampler
@@ -43,6 +43,17 @@ class Actor:
     tokenizer: Any
     sampler: Sampler
     role: Role
+
+
+@dataclass(slots=True)
+class Pupil:
+    """A language model that learns from rows, and of which nothing is sampled."""
+
+    module: nn.Module
+    tokenizer: Any
+    renderer: Renderer
+    place: torch.device
+    """Where it computes; where ranks hold parts, the module itself waits on the host."""
 
 
 def open_env(name: str, settings: Mapping[str, Any], *, trust_code: bool = False) -> EnvSpec:
@@ -72,10 +83,42 @@ def open_actor(
     no chat template the plain one (`set_up_template`). `beside` is the engine of another level (`open_sampler`).
     """
     path = model_path(model.path)
+    tokenizer = _open_tokenizer(path, plain_template=plain_template)
+    renderer = Renderer(tokenizer, max_tokens=sampling.max_prompt_tokens)
+    module = _open_module(model, path, tokenizer, lora)
+    params = params or SamplingParams(
+        max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop
+    )
+    sampler = open_sampler(module, tokenizer, sampling, max_tokens=params.max_tokens, beside=beside)
+    return Actor(module, tokenizer, sampler, Role(name, sampler, renderer, params))
+
+
+def open_pupil(model: ModelConfig, *, lora: LoraConfig, max_tokens: int, settings: DistConfig) -> Pupil:
+    """Load a model that nobody reads but its learner, which must not be resident; its tokenizer may lack a template.
+    Whether it keeps rows that are laid end to end apart has not been checked.
+
+    Where ranks will hold parts of it, rank 0 alone reads the weights, to its host; the others have shapes until they
+    are given their parts. Of an adapter's folder all ranks read everything.
+    """
+    path, ranks = model_path(model.path), dist.ranks()
+    tokenizer = _open_tokenizer(path, plain_template=True)
+    place = pick_device(model.device)
+    cut = ranks is not None and settings.strategy == "fsdp"
+    empty = cut and not dist.writes() and not adapters.is_adapter(path)
+    start = replace(model, device="cpu") if cut else model
+    module = _open_module(start, path, tokenizer, lora, shapes_only=empty, check=False)
+    return Pupil(module, tokenizer, Renderer(tokenizer, max_tokens=max_tokens), place)
+
+
+def _open_tokenizer(path: str, *, plain_template: bool) -> Any:
     tokenizer = load_tokenizer(path)
     if plain_template and set_up_template(tokenizer):
         print(f"{path} has no chat template: it is given one with Question: and Answer:", file=sys.stderr)
-    renderer = Renderer(tokenizer, max_tokens=sampling.max_prompt_tokens)
+    return tokenizer
+
+
+def _open_module(model: ModelConfig, path: str, tokenizer: Any, lora: LoraConfig, **how: bool) -> nn.Module:
+    """The model of a folder, with a new adapter where one is wanted."""
     module = load_lm(
         path,
         dtype=model.dtype,
@@ -84,15 +127,10 @@ def open_actor(
         trust_remote_code=model.trust_remote_code,
         gradient_checkpointing=model.gradient_checkpointing,
         quantization=model.quantization,
+        **how,
     )
     check_vocabulary(path, module, tokenizer)
-    if lora.rank:
-        module = adapters.attach(adapters.fold(module, path), lora)
-    params = params or SamplingParams(
-        max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop
-    )
-    sampler = open_sampler(module, tokenizer, sampling, max_tokens=params.max_tokens, beside=beside)
-    return Actor(module, tokenizer, sampler, Role(name, sampler, renderer, params))
+    return adapters.attach(adapters.fold(module, path), lora) if lora.rank else module
 
 
 def open_sampler(

@@ -78,11 +78,13 @@ def test_all_steps_are_rows_on_one_side_of_a_split_by_episode(data: Path) -> Non
     assert np.float32(first["observation"]).tolist() in arrays["observations"].tolist()
 
 
-def test_run_again_it_writes_the_same_bytes(data: Path, tmp_path: Path) -> None:
+def test_run_again_it_writes_the_same_bytes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--env-id", "CartPole-v1", "--episodes", 10, "--eval-fraction", 0.2, *SHORT)
     again = made(tmp_path / "data", *flags)
     made(tmp_path / "data", *flags)
     assert written(again) == written(data)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{tmp_path / 'data'}: rows of text, arrays and summary.json. Learn from them: ")
     other = made(tmp_path / "data", *flags, "--seed", 1)
     assert written(other)["train.jsonl"] != written(data)["train.jsonl"]
 
