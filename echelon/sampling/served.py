@@ -12,6 +12,7 @@ import itertools
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -153,11 +154,7 @@ class ServedSampler:
             _write(self.module, weights, folder)
             read = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             self._call("POST", "/collective_rpc", read)
-            if not self._call("POST", "/reset_prefix_cache", {}).get("success"):
-                raise RolloutError(
-                    f"{self.url}: the server does not forget what it has read with older weights, because it answers "
-                    "somebody. Give the run a server of its own."
-                )
+            self._forget()
             self._call("POST", "/update_weight_version", {"new_version": label})
         except OSError as error:
             raise ConfigError(
@@ -167,6 +164,18 @@ class ServedSampler:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._label = label
+
+    def _forget(self) -> None:
+        """Have the server forget all keys and values: at once, or when it has dropped what was given up here."""
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(BACKOFF * 2 ** (attempt - 1))
+            if self._call("POST", "/reset_prefix_cache", {}).get("success"):
+                return
+        raise RolloutError(
+            f"{self.url}: the server does not forget what it has read with older weights, because it answers somebody. "
+            "Give the run a server of its own."
+        )
 
     def _request(self, prompt: list[int], params: SamplingParams) -> dict[str, Any]:
         """The body of a request. Raises ConfigError for temperatures that vLLM would change."""

@@ -224,6 +224,12 @@ def test_a_connection_that_breaks_and_a_busy_server_are_asked_again(stand: Stand
     assert stand.paths == [GENERATE] * 5
 
 
+def test_a_server_may_first_drop_what_was_given_up(stand: Stand, tmp_path: Path) -> None:
+    stand.faults["/reset_prefix_cache"] = [lambda found: {"success": False}] * 2
+    ask(opened(stand, tmp_path), [ONE])
+    assert stand.paths.count("/reset_prefix_cache") == 3
+
+
 def test_no_more_is_asked_at_once_than_may_be(stand: Stand, tmp_path: Path) -> None:
     sampler = opened(stand, tmp_path, in_flight=2)
     ask(sampler, [ONE])
@@ -444,7 +450,7 @@ def test_log_probs_of_vllms_server_are_the_trainers_after_each_update(vllm_serve
         learner.update([batch], lambda module, part: (-token_logprobs(module, part).sum() / 40, {}))
         sampler.load(learner.weights(), learner.version)
     assert told[0] != told[-1], "the updates changed what is said"
-    prompts = [tokenizer.encode(text) for text in ("what is in the box?", "a cat, a hat", "the box")]
+    prompts = [tokenizer.encode(text) for text in ("what is in the box?", "a cat, a hat", "the box", "a")]
     asyncio.run(check_sampler(sampler, tokenizer, prompts, stop_id=tokenizer.eos_token_id, length=12))
     sampler._call("POST", "/update_weight_version", {"new_version": "another"})
     with pytest.raises(RolloutError, match="drawn with the weights another, and the server was given"):

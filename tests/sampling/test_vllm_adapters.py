@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from echelon import cli
-from echelon.config import LoraConfig, OptimConfig, SamplingConfig
+from echelon.config import DistConfig, LoraConfig, OptimConfig, SamplingConfig
 from echelon.data.packing import Sampled, pack
 from echelon.errors import ConfigError, DataError, RolloutError
 from echelon.models import lora
 from echelon.models.lm import token_logprobs
 from echelon.models.lora import AdapterView
+from echelon.rollout.memory import Engine, Plan, needs
 from echelon.rollout.setup import open_sampler
 from echelon.sampling import vllm_engine
 from echelon.sampling.vllm import VllmSampler
@@ -207,6 +208,18 @@ def test_models_share_a_vllm_where_what_lies_below_their_adapters_is_the_same(mo
     assert open_sampler(other, tokenizer, settings, beside=first).engine is not first.engine  # type: ignore[attr-defined]
     folded = SamplingConfig(sampler="vllm", cache_tokens=512, max_prompt_tokens=64)
     assert open_sampler(one, tokenizer, folded, beside=first).engine is not first.engine  # type: ignore[attr-defined]
+
+
+def test_a_vllm_that_levels_share_is_planned_for_once(moved: Place) -> None:
+    sampling = SamplingConfig(sampler="vllm", adapters="apart", max_prompt_tokens=64)
+    engines = {name: Engine(sampler, sampling) for name, sampler in moved.samplers.items()}
+    planned = needs(Plan({}, DistConfig(), 100, engines), 1, tokens_per_step=100)
+    whole = sum(weight.numel() * weight.element_size() for weight in moved.model.parameters())
+    assert planned == {
+        "activations of a pass": 0,
+        "high: keys and values, at most": 2048 * 2 * 2 * 64 * 4,
+        "high: copies that play": whole,
+    }
 
 
 def refused(kind: str) -> tuple[type[Exception], str, Any]:
