@@ -52,6 +52,10 @@ class Task:
     """Settings of PPO with a language model."""
     mlp: tuple[str, ...]
     """PPO with a perceptron: its settings, and flags."""
+    expert: tuple[str, ...] = ()
+    """What the data of the expert differ in."""
+    imitation: tuple[str, ...] = ()
+    """What `sft` on them differs in."""
     expert_score: float = 0.8
     """Score that imitating the expert is to reach, 0 being the random player and 1 the expert, drawn or greedy."""
     gain: float = 0.1
@@ -84,6 +88,8 @@ TASKS: dict[str, Task] = {
         (),
         "pendulum_ppo",
         ("pendulum_ppo", "--warmup-steps", "2", "--steps", "60"),
+        expert=("--disturbed", "0.2"),
+        imitation=("--max-steps", "3500"),
     ),
 }
 
@@ -129,7 +135,7 @@ def main(args: Args) -> None:
 def record(args: Args, name: str) -> None:
     """The data of both policies."""
     task, few = TASKS[name], ["--episodes", "4"] if args.quick else []
-    for policy, flags in (("expert", ()), ("medium", ("--policy", "medium", *task.medium))):
+    for policy, flags in (("expert", task.expert), ("medium", ("--policy", "medium", *task.medium))):
         settings = CONFIGS / "control_data" / f"{task.data}.yaml"
         stage(args.out / name / "data" / policy, ["control-data", settings, *flags, *few])
 
@@ -139,9 +145,9 @@ def learn(args: Args, name: str, seed: int) -> None:
     task, data, out = TASKS[name], args.out / name / "data", args.out / name / f"seed_{seed}"
     same: list[Any] = ["--seed", seed, "--threads", 1]
     short = ["--max-steps", "4"] if args.quick else []
-    for policy in ("expert", "medium"):
+    for policy, differs in (("expert", task.imitation), ("medium", ())):
         rows = ["--data.path", data / policy / "train.jsonl", "--data.eval-path", data / policy / "test.jsonl"]
-        stage(out / policy, ["sft", CONFIGS / "sft" / "controller.yaml", *rows, *same, *short])
+        stage(out / policy, ["sft", CONFIGS / "sft" / "controller.yaml", *rows, *differs, *same, *short])
     few = ["--steps", "2", "--warmup-steps", "0"] if args.quick else []
     tiny = ["--tasks-per-step", "2", "--max-turns", "20"] if args.quick else []
     settings = CONFIGS / "control" / f"{task.ppo}.yaml"

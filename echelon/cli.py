@@ -26,11 +26,19 @@ usage: echelon <recipe> [file.yaml ...] [--key value ...]
 Train language models that act on more than one level. Settings come from the recipe's defaults, then the
 files from left to right, then the flags; later ones win.
 
-recipes
-{recipes}
+to begin with
+  echelon quickstart          a two-level agent learns a game on this machine, in minutes: the first run to look at
+  echelon report runs/quickstart
+                              what it learned, at which level, and what it said before and after
+  echelon archer --help       every setting of a recipe, with commands to begin with
+
+recipes that train
+{trains}
+
+commands that prepare, test, use and look at
+{others}
 
 also
-  echelon <recipe> --help     every setting of a recipe
   echelon launch --nproc N <recipe> ...
                               a recipe on several ranks that train together
   echelon launch --on ray --rollout-workers N <recipe> ...
@@ -59,6 +67,7 @@ EXTRAS = {
     "ray": "ray",
     "control": "gymnasium",
     "video": "moviepy",
+    "physics": "mujoco",
     "experts": "stable-baselines3",
     "browser": "playwright",
     "docs": "sphinx",
@@ -68,6 +77,47 @@ EXTRAS = {
 """Extra → a distribution that is there when the extra is."""
 
 SHELLS = ("bash", "zsh", "tcsh", "fish")
+TRAINS = {"TrainConfig", "TaskConfig", "StageConfig"}
+"""What settings of recipes that train are made of."""
+HELP = {
+    "doctor": """\
+usage: echelon doctor [recipe] [file.yaml ...] [--key value ...] [--json]
+
+What this machine has: versions, devices, memory, disk, extras. With a recipe or its settings, what those need of it
+too. The exit status is 1 where something that is asked for cannot work.
+
+examples
+  echelon doctor                                          this machine
+  echelon doctor configs/grpo/gsm8k.yaml                  and what a run of these settings needs of it
+  echelon doctor grpo --model.path DIR --sampler vllm     the same of flags
+  echelon doctor --json                                   for a program""",
+    "launch": """\
+usage: echelon launch [--nproc N] [--nnodes N --rendezvous HOST:PORT] <recipe> [file.yaml ...] [--key value ...]
+       echelon launch --on ray [--rollout-workers N] <recipe> [file.yaml ...] [--key value ...]
+
+A recipe on several ranks that train together: without --nproc, one for each GPU of this machine. On several machines
+every one runs the same command. Or a recipe whose rollouts are drawn by workers of Ray.
+
+examples
+  echelon launch --nproc 2 grpo settings.yaml --out runs/grpo
+  echelon launch --nnodes 2 --nproc 8 --rendezvous first:29500 grpo settings.yaml --out /shared/grpo
+  echelon launch --on ray --rollout-workers 4 grpo settings.yaml --out runs/grpo""",
+    "completion": """\
+usage: echelon completion {bash,zsh,tcsh,fish}
+
+A script that completes commands and settings: of the recipes as they are now. It is printed; put it where the shell
+looks for such scripts.
+
+examples
+  echelon completion bash > ~/.local/share/bash-completion/completions/echelon
+  echelon completion zsh > ~/.zfunc/_echelon
+  echelon completion fish > ~/.config/fish/completions/echelon.fish""",
+    "list": """\
+usage: echelon list
+
+The recipes and commands, a line each. echelon <recipe> --help says every setting of one.""",
+}
+"""Words that are no recipe → what `--help` says of them."""
 
 
 def main(argv: Sequence[str] | None = None, *, package: str = "echelon.recipes") -> int:
@@ -97,22 +147,40 @@ def main(argv: Sequence[str] | None = None, *, package: str = "echelon.recipes")
 def recipes(package: str = "echelon.recipes") -> dict[str, str]:
     """Recipe, as it is typed → first line of its docstring, in alphabetical order. The modules are parsed, not
     imported."""
+    return {name: line for name, (line, _) in _parsed(package).items()}
+
+
+def _parsed(package: str) -> dict[str, tuple[str, bool]]:
+    """Recipe → first line of its docstring, and whether it trains, in alphabetical order."""
     spec = importlib.util.find_spec(package)
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, bool]] = {}
     for folder in (spec and spec.submodule_search_locations) or ():
         for file in Path(folder).glob("[!_]*.py"):
             tree = ast.parse(file.read_text(encoding="utf-8"))
-            defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-            if {"Config", "main"} <= defined:
-                found[file.stem.replace("_", "-")] = (ast.get_docstring(tree) or "").partition("\n")[0]
+            defined = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+            if {"Config", "main"} <= set(defined):
+                bases = {ast.unparse(base) for base in getattr(defined["Config"], "bases", ())}
+                line = (ast.get_docstring(tree) or "").partition("\n")[0]
+                found[file.stem.replace("_", "-")] = (line, bool(bases & TRAINS))
     return dict(sorted(found.items()))
+
+
+def _usage(package: str) -> str:
+    """The help of the program: recipes under what they are for."""
+    parts: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    for name, (line, trains) in _parsed(package).items():
+        parts[not trains][name] = line
+    width = max((len(name) for part in parts for name in part), default=0)
+    return USAGE.format(trains=_table(parts[0], width), others=_table(parts[1], width))
 
 
 def _dispatch(words: list[str], package: str) -> int:
     """Run what is asked for; the exit status."""
     command, rest = (words[0], words[1:]) if words else ("--help", [])
     if command in ("--help", "-h", "help"):
-        print(USAGE.format(recipes=_table(recipes(package))))
+        print(_usage(package))
+    elif command in HELP and rest[:1] in (["--help"], ["-h"]):
+        print(HELP[command])
     elif command in ("--version", "-V"):
         print(f"echelon {__version__}")
     elif command == "list":
@@ -229,6 +297,6 @@ def _completion(shell: str, package: str) -> str:
     return out.getvalue()
 
 
-def _table(rows: dict[str, str]) -> str:
-    width = max(map(len, rows), default=0)
+def _table(rows: dict[str, str], width: int = 0) -> str:
+    width = max([width, *map(len, rows)])
     return "\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in rows.items())

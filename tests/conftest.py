@@ -24,3 +24,10 @@ def _same_draws_every_time() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`@pytest.mark.seeds(0, 1, 2)`: what holds for each; the first is always tried, the others are slow."""
+    for mark in metafunc.definition.iter_markers("seeds"):
+        first, *further = mark.args
+        metafunc.parametrize("seed", [first, *(pytest.param(seed, marks=pytest.mark.slow) for seed in further)])

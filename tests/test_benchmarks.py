@@ -19,7 +19,7 @@ from echelon import config
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 OTHERS = ("asynchronous.py", "control.py", "curves.py", "feedback.py", "learning.py", "ray_rollouts.py", "tosca.py")
-OTHERS += ("weight_reload.py",)
+OTHERS += ("long_run.py", "weight_reload.py")
 """Scripts that time nobody beside peers."""
 SCRIPTS = {path.name: path for path in sorted(FOLDER.glob("[!_]*.py")) if path.name not in OTHERS}
 EXTRA = {"vllm", "vllm-turns", "trl"}
@@ -180,6 +180,14 @@ def test_rollouts_by_ray_are_timed_beside_those_in_process() -> None:
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [row["peer"] for row in rows] == ["local", "reload (s)"]
     assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_a_long_run_is_written_opened_and_watched() -> None:
+    done = run(FOLDER / "long_run.py")
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert {"the report is written", "processor time of a refresh"} <= {row["what"] for row in line["rows"]}
+    assert all(0 < row["measured"] < row["target"] for row in line["rows"] if row["unit"] == "MiB")
 
 
 def test_an_unknown_peer_or_size_is_refused_in_one_line() -> None:

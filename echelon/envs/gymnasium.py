@@ -24,6 +24,7 @@ from echelon.envs._shared import EnvSpec, Player, need_split
 from echelon.envs.experts import Expert, expert
 from echelon.envs.plants import PLANTS, Plant
 from echelon.errors import ConfigError, DataError, MissingExtra, did_you_mean, need
+from echelon.seeds import derive_seed
 from echelon.text.codec import ACTION_END, STYLES, Action, Codec, Range, Space, Style, Vector
 from echelon.types import Message, Step, Task
 
@@ -266,7 +267,7 @@ def make_simulator(
     """The environment of Gymnasium itself. Raises as `gymnasium_env` does, in a line that says what to do."""
     gymnasium = need("gymnasium", EXTRA)
     if env_id.startswith("dm_control/"):
-        need("shimmy", EXTRA)  # importing it makes its environments known
+        need("shimmy", "physics")  # importing it makes its environments known
     _check_known(gymnasium, env_id)
     spec = gymnasium.registry.get(env_id.rpartition(":")[2])
     limit = horizon or (None if spec is not None and spec.max_episode_steps else LONGEST_EPISODE)
@@ -351,6 +352,26 @@ def as_gymnasium(space: Any, action: Action) -> Any:
         return int(action)
     flat = np.asarray(action).reshape(space.shape)
     return np.rint(flat).astype(space.dtype) if np.issubdtype(space.dtype, np.integer) else flat.astype(space.dtype)
+
+
+def disturbed(simulator: Simulator, share: float) -> Simulator:
+    """The simulator, which at this part of the steps does something at random in place of what it is told. What it does
+    depends on the seed that an episode begins with."""
+    gymnasium: Any = need("gymnasium", EXTRA)
+    space = space_of(simulator.action_space, "action", "the simulator")
+
+    class Disturbed(gymnasium.ActionWrapper):  # type: ignore[misc]
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+            self.draw = np.random.default_rng(derive_seed(seed or 0, "disturbed"))
+            return super().reset(seed=seed, options=options)
+
+        def action(self, action: Any) -> Any:
+            if self.draw.random() >= share:
+                return action
+            return as_gymnasium(simulator.action_space, draw_action(space, self.draw))
+
+    made: Simulator = Disturbed(simulator)
+    return made
 
 
 def draw_action(space: Space, draw: np.random.Generator) -> Action:

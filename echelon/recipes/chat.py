@@ -44,6 +44,11 @@ from echelon.types import Episode, Message, Play, SamplingParams, Step, Task, Tu
 
 FOLDER = "model.path"
 """What a run directory or another model means that is named before the flags."""
+EXAMPLES = """\
+echelon chat runs/sft                                   the best model of a run, else its newest
+echelon chat runs/archer --candidates 8                 the critic picks among eight answers
+echelon chat runs/tosca                                 a strategist and a responder
+echelon chat runs/sft < questions.txt > answers.txt     by pipe: a message in each line"""
 MAX_TOKENS, MAX_PROMPT_TOKENS = 512, 4096
 """Lengths where neither the settings nor a run of feedback say them."""
 

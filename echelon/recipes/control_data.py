@@ -25,8 +25,13 @@ from echelon.envs.experts import expert
 from echelon.errors import ConfigError, DataError
 from echelon.seeds import derive_seed
 from echelon.text.codec import Codec, measured_ranges
+from echelon.train.log import typed
 
-TRAIN, TEST, EXAMPLES, MINARI = "train.jsonl", "test.jsonl", "examples.json", "minari"
+EXAMPLES = """\
+echelon control-data --env-id CartPole-v1 --episodes 100 --out data/cartpole_expert
+echelon control-data --env-id CartPole-v1 --policy medium --expert-share 0.45 --out data/cartpole_medium
+echelon control-data --dataset mujoco/halfcheetah/expert-v0 --download --out data/cheetah"""
+TRAIN, TEST, SHOWN, MINARI = "train.jsonl", "test.jsonl", "examples.json", "minari"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,9 @@ class Config(CommandConfig):
     """Steps that a learned expert learns for. It is kept in the folder and learned once."""
     expert_share: float = 0.5
     """At which part of the steps the expert acts, where the policy is medium."""
+    disturbed: float = 0.0
+    """At which part of the steps the environment does something at random in place of what the policy chose. The data
+    keep what was chosen, and so say how to come back from where the policy alone would not get (DART, 1703.09327)."""
     ranges: Literal["space", "data"] = "space"
     """Where the axes of bins end: at the bounds of the space, or where the data do."""
     outside: float = 0.005
@@ -74,6 +82,9 @@ class Config(CommandConfig):
         demand(self, "expert", self.expert in known, f"there is no such expert. Give one of {', '.join(known)}.")
         demand(self, "expert_steps", self.expert_steps >= 1, "nothing is learned in none. Give 100000, or more.")
         demand(self, "expert_share", 0 <= self.expert_share <= 1, "it is a part of the steps. Give 0 to 1.")
+        demand(self, "disturbed", 0 <= self.disturbed < 1, "it is a part of the steps. Give 0 to 0.5.")
+        because = "what is in a dataset has happened. Leave it out, or let a policy play."
+        demand(self, "disturbed", not (self.disturbed and self.dataset), because)
         demand(self, "outside", 0 <= self.outside < 0.5, "it is a part of the data. Give 0.01, or less.")
         demand(self, "examples", self.examples >= 0, "it counts steps. Give 0 for none.")
         demand(self, "eval_fraction", 0 <= self.eval_fraction < 1, "it is a part of the episodes. Give 0 to 0.5.")
@@ -103,6 +114,9 @@ def main(cfg: Config) -> None:
     if not cfg.dry_run:
         write(out, cfg, episodes, aside, codec, shown, settings.system, summary)
     print("\n".join(f"{name:<24} {value}" for name, value in summary.items() if not isinstance(value, dict)))
+    if not cfg.dry_run:
+        learn = typed("sft", "--data.path", str(out / TRAIN), "--model.path", "MODEL", "--out", "runs/sft")
+        print(f"{out}: rows of text, arrays and summary.json. Learn from them: {learn}")
 
 
 def recorded(cfg: Config, out: Path, settings: environments.Settings) -> Recording:
@@ -114,7 +128,7 @@ def recorded(cfg: Config, out: Path, settings: environments.Settings) -> Recordi
     )
     environments.codec_for(simulator, cfg.env_id, replace(settings, style="float", observation_style="", codec=""))
     place = control.collect_minari(
-        simulator,
+        environments.disturbed(simulator, cfg.disturbed) if cfg.disturbed else simulator,
         policy_of(cfg, simulator, out / f"expert-{plain(cfg.env_id)}-{cfg.expert}-{cfg.expert_steps}-{cfg.seed}.zip"),
         out / MINARI,
         dataset_id=f"{plain(cfg.env_id)}-{cfg.policy}-v0",
@@ -224,9 +238,9 @@ def write(
         else:
             (out / name).unlink(missing_ok=True)
     if shown:
-        write_json(out / EXAMPLES, [[np.asarray(part).tolist() for part in pair] for pair in shown])
+        write_json(out / SHOWN, [[np.asarray(part).tolist() for part in pair] for pair in shown])
     else:
-        (out / EXAMPLES).unlink(missing_ok=True)
+        (out / SHOWN).unlink(missing_ok=True)
     unfinished = out / f".new-{control.ARRAYS}"
     np.savez_compressed(unfinished, **control.control_arrays(episodes, aside, gamma=cfg.gamma))  # type: ignore[arg-type]
     unfinished.replace(out / control.ARRAYS)
@@ -247,7 +261,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _check_folder(out: Path) -> None:
     """Raise ConfigError for a folder with something else in it: what is written replaces what has the same name."""
-    ours = {TRAIN, TEST, EXAMPLES, MINARI, control.CODEC, control.ARRAYS, control.SUMMARY}
+    ours = {TRAIN, TEST, SHOWN, MINARI, control.CODEC, control.ARRAYS, control.SUMMARY}
     if out.is_file():
         raise ConfigError(f"out = {out}: it is a file. Give a folder.")
     others = [path.name for path in out.iterdir() if path.name not in ours] if out.is_dir() else []

@@ -57,7 +57,7 @@ from echelon.sampling.candidates import Chooser
 from echelon.text.endpoint import used
 from echelon.text.metrics import LIBRARIES, text_scores
 from echelon.train.checkpoint import Label
-from echelon.train.log import episode_rows
+from echelon.train.log import episode_rows, typed
 from echelon.types import Env, Episode, Play, SamplingParams, Task
 
 EPISODES, MAX_TURNS, MAX_TOKENS, MAX_PROMPT_TOKENS = 200, 100, 32, 1024
@@ -65,6 +65,11 @@ EPISODES, MAX_TURNS, MAX_TOKENS, MAX_PROMPT_TOKENS = 200, 100, 32, 1024
 
 FOLDER = "model.path"
 """What a run directory or another model means that is named before the flags."""
+EXAMPLES = """\
+echelon evaluate runs/archer                            the environment that it learned in, its best or newest model
+echelon evaluate --model.path DIR --env twenty_questions --episodes 200 --out runs/test
+echelon evaluate runs/feedback --env arithmetic --rounds 1 --greedy
+echelon evaluate runs/control --env-id CartPole-v1 --episodes 100 --plot"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +238,12 @@ def main(cfg: Config) -> None:
         control.report(found, str(lines.title))
     if cfg.transitions:
         write_transitions(Path(cfg.transitions), transition_rows(episodes))
+    tell_written(out)
+
+
+def tell_written(out: Path) -> None:
+    """Say where the results are, and how to look at what was said."""
+    print(f"{out}: summary.json, episodes.jsonl. Look at them: {typed('report', str(out))}")
 
 
 def results(cfg: Config, folder: Path, what: str) -> Path:
@@ -318,6 +329,7 @@ def evaluate_rounds(cfg: Config) -> None:
     files.finish(
         rows, {"episodes": len(rows), "failed": failed, "estimates": estimates, **asked, "config": asdict(cfg)}
     )
+    tell_written(out)
 
 
 def split_of(cfg: Config) -> str:

@@ -29,6 +29,12 @@ from echelon.models.reward import SCALE, choose_padding, last_scores, open_rewar
 from echelon.models.stacked import CONFIG
 from echelon.rollout.setup import describe, model_path
 from echelon.text.chat import set_up_template
+from echelon.train.log import typed
+
+EXAMPLES = """\
+echelon merge --adapter runs/grpo --out models/final
+echelon merge --adapter DIR --base BASE --out models/final --dtype bfloat16
+echelon merge --adapter runs/grpo --out models/final --push name/model"""
 
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 """How far merged logits may be from the adapter's, as a part of their size: what rounding weights does."""
@@ -98,6 +104,8 @@ def main(cfg: Config) -> None:
         f"{out}: {path} merged into {below}, {dtype}. Its logits are within {difference:.2g} of the adapter's on "
         f"{SAMPLE[0] * SAMPLE[1]} tokens; the adapter moves them by up to {moved:.2g}."
     )
+    if lora.task_of(path) != "SEQ_CLS":
+        print(f"Talk to it: {typed('chat', str(out))}")
     if hub is not None:
         upload(hub, cfg, out)
 

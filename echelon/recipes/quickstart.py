@@ -42,6 +42,11 @@ from echelon.train.copying import learn_to_copy
 from echelon.train.learner import save_module
 from echelon.train.log import typed
 
+EXAMPLES = """\
+echelon quickstart                                      into runs/quickstart, in minutes
+echelon quickstart --out runs/again --seed 1
+echelon quickstart --resume                             go on with one that was interrupted
+echelon report runs/quickstart                          what came of it, in one page"""
 METHODS = {
     "warm": "warm start",
     "grpo": "GRPO (flat)",

@@ -17,9 +17,14 @@ from echelon.errors import CheckpointError, ConfigError
 from echelon.view.episodes import Scan, scan
 from echelon.view.page import MARK, build
 from echelon.view.runs import Run, find_runs, open_runs, refuse
+from echelon.view.terminal import clean
 
 FOLDERS = "runs"
 """What the folders mean that are named before the flags."""
+EXAMPLES = """\
+echelon report runs/archer                              writes runs/archer/report.html
+echelon report runs/quickstart                          every run and evaluation below the folder, compared
+echelon report runs/seed_0 runs/seed_1 --out seeds.html several by name"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,4 +97,6 @@ def summary(page: Path, runs: Sequence[Run], scans: Sequence[Scan]) -> str:
     played = sum(len(found.places) for found in scans)
     what = f"{len(runs)} run{'s' * (len(runs) > 1)}, {played:,} episodes"
     size = page.stat().st_size / 1e6
-    return "\n".join([*notes[:8], *more, f"{page}: {what}, {size:.1f} MB. Open it in a browser: it needs no network."])
+    return "\n".join(
+        [*map(clean, notes[:8]), *more, f"{page}: {what}, {size:.1f} MB. Open it in a browser: it needs no network."]
+    )

@@ -24,6 +24,7 @@ from echelon.rollout.memory import Plan, table
 from echelon.rollout.roles import Role
 from echelon.sampling.local import LocalSampler
 from echelon.sampling.ray import RaySampler
+from echelon.sampling.served import ServedSampler
 from echelon.sampling.vllm import VllmSampler
 from echelon.seeds import derive_seed
 from echelon.text.chat import Renderer, set_up_template
@@ -73,12 +74,13 @@ def open_actor(
     name: str = "actor",
     params: SamplingParams | None = None,
     plain_template: bool = False,
+    beside: Sampler | None = None,
 ) -> Actor:
     """Load a model and give it a role. The path may be a model folder, a hub id, a run directory or a checkpoint.
 
     With `lora.rank` only an adapter learns, a new one; on the folder of an adapter, that one is folded into the
     weights first. Without, the adapter of such a folder goes on learning. `plain_template` gives a tokenizer that has
-    no chat template the plain one (`set_up_template`).
+    no chat template the plain one (`set_up_template`). `beside` is the engine of another level (`open_sampler`).
     """
     path = model_path(model.path)
     tokenizer = _open_tokenizer(path, plain_template=plain_template)
@@ -87,7 +89,7 @@ def open_actor(
     params = params or SamplingParams(
         max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop
     )
-    sampler = open_sampler(module, tokenizer, sampling, max_tokens=params.max_tokens)
+    sampler = open_sampler(module, tokenizer, sampling, max_tokens=params.max_tokens, beside=beside)
     return Actor(module, tokenizer, sampler, Role(name, sampler, renderer, params))
 
 
@@ -131,15 +133,32 @@ def _open_module(model: ModelConfig, path: str, tokenizer: Any, lora: LoraConfig
     return adapters.attach(adapters.fold(module, path), lora) if lora.rank else module
 
 
-def open_sampler(module: nn.Module, tokenizer: Any, sampling: SamplingConfig, *, max_tokens: int = 0) -> Sampler:
-    """The engine that the settings name. Answers have up to `sampling.max_tokens` tokens, or `max_tokens` if more."""
+def open_sampler(
+    module: nn.Module,
+    tokenizer: Any,
+    sampling: SamplingConfig,
+    *,
+    max_tokens: int = 0,
+    beside: Sampler | None = None,
+) -> Sampler:
+    """The engine that the settings name. Answers have up to `sampling.max_tokens` tokens, or `max_tokens` if more.
+
+    `beside` is the engine of another level: where both hand vLLM their adapters apart, and these are on the same base,
+    they ask the same vLLM.
+    """
     kept = sampling.cache_tokens or None
     if sampling.sampler == "local":
         return LocalSampler(module, tokenizer, cache_tokens=kept)
     longest = sampling.max_prompt_tokens + max(sampling.max_tokens, max_tokens)
     if sampling.sampler == "ray":
         return RaySampler(module, tokenizer, sampling.ray, longest=longest, cache_tokens=kept)
-    return VllmSampler(module, tokenizer, longest=longest, cache_tokens=kept, sleep=sampling.sleep)
+    if sampling.sampler == "server":
+        return ServedSampler(module, tokenizer, sampling.server, longest=longest)
+    apart = sampling.adapters == "apart"
+    shared = beside if apart and isinstance(beside, VllmSampler) and beside.shares(module) else None
+    return VllmSampler(
+        module, tokenizer, longest=longest, cache_tokens=kept, sleep=sampling.sleep, apart=apart, beside=shared
+    )
 
 
 def open_copy(actor: Actor, sampling: SamplingConfig) -> Role:

@@ -44,6 +44,10 @@ OUTCOMES = ("reward/mean", "eval/reward/mean", "accuracy", "eval/accuracy", "eva
 """What a run is for: the first of these that it has."""
 
 
+FEWEST = 4
+"""Steps from which on anything is said of learning."""
+
+
 def level_of(name: str) -> tuple[str, str] | None:
     """The level that a metric is about, and who that is; None for what is about the run."""
     head = name.removeprefix("eval/").partition("/")[0]
@@ -95,7 +99,7 @@ def learned(metrics: Metrics) -> Verdict:
     """Did it learn: the outcome of the last fifth of the steps against that of the first."""
     name = outcome_of(metrics)
     values = metrics.finite(name)
-    if len(values) < 4:
+    if len(values) < FEWEST:
         return Verdict("Did it learn?", "none", "Too few steps are recorded to tell.")
     before, after, errors = moved(values)
     better = after < before if name.endswith("loss") else after > before
@@ -109,8 +113,8 @@ def learned(metrics: Metrics) -> Verdict:
 
 
 def levels(metrics: Metrics) -> list[Verdict]:
-    """One sentence on each level: what changed in what it is judged by."""
-    told: dict[tuple[str, str], list[str]] = {}
+    """One sentence on each level: whether it learned, as far as what it is judged by says so, and what changed."""
+    told: dict[tuple[str, str], list[tuple[Change, str]]] = {}
     for name in metrics.columns:
         if (level := level_of(name)) and not name.startswith("eval/") and (said := _change(name, metrics.finite(name))):
             told.setdefault(level, []).append(said)
@@ -120,7 +124,7 @@ def levels(metrics: Metrics) -> list[Verdict]:
         Verdict(
             f"{level.capitalize()} level: {who}" if upper else who.capitalize(),
             "none",
-            (text := "; ".join(said[:4]))[:1].upper() + text[1:] + ".",
+            _told(said),
         )
         for (level, who), said in sorted(told.items(), key=lambda item: order[item[0]])
     ]
@@ -139,12 +143,27 @@ SAID: Mapping[str, str] = {
 """End of a metric's name → what a change of it means."""
 
 
-def _change(name: str, values: Sequence[float]) -> str:
-    said = SAID.get(name.rpartition("/")[2])
-    if said is None or len(values) < 2:
-        return ""
-    before, after, _ = moved(values)
-    return said.format(show(before), show(after))
+BETTER: Mapping[str, int] = {"explained_variance": 1, "gain": 1, "used": 1, "td_error": -1}
+"""Those of them of which it is known which way is better."""
+Change = Literal["better", "moved", "still"]
+
+
+def _change(name: str, values: Sequence[float]) -> tuple[Change, str] | None:
+    end = name.rpartition("/")[2]
+    if end not in SAID or len(values) < FEWEST:
+        return None
+    before, after, errors = moved(values)
+    change: Change = "still" if abs(errors) < 2 else "better" if BETTER.get(end, 0) * errors > 0 else "moved"
+    return change, SAID[end].format(show(before), show(after))
+
+
+LEADS: Mapping[Change, str] = {"better": "It learned", "moved": "It changed", "still": "It hardly moved"}
+"""How the sentence on a level begins, by the best of what is known of it."""
+
+
+def _told(changes: Sequence[tuple[Change, str]]) -> str:
+    ranked = sorted(changes, key=lambda change: list(LEADS).index(change[0]))
+    return f"{LEADS[ranked[0][0]]}: {'; '.join(said for _, said in ranked[:4])}."
 
 
 def checks(metrics: Metrics, scan: Scan) -> list[Verdict]:

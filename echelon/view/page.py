@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import resources
+from pathlib import Path
 
 from echelon import __version__
 from echelon.view import health
@@ -26,6 +28,10 @@ MARK = "<!-- a report of echelon -->"
 STYLES = ("uPlot.min.css", "page.css")
 SCRIPTS = ("uPlot.iife.min.js", "base.js", "curves.js", "episodes.js", "page.js")
 LIVE = "live.js"
+LANGUAGE = """\
+try { new Intl.NumberFormat(navigator.language); }
+catch { Object.defineProperty(navigator, "language", { value: "en" }); }"""
+"""uPlot writes numbers in the browser's language, and ends where that is none: of the locale POSIX en-US@posix."""
 POINTS = 150_000
 """Numbers of curves that a page holds; longer runs have fewer points for each curve."""
 FEWEST_BYTES = 200_000
@@ -43,6 +49,7 @@ def tell(runs: Sequence[Run], scans: Sequence[Scan], *, room: int) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.metrics.columns if name != "seconds"))
     points = max(FEWEST_POINTS, min(MOST_POINTS, POINTS // max(1, len(runs) * len(names))))
     about: Row = {
+        "folder": folder_of([run.path for run in runs]),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
         "headings": headings(names),
@@ -63,6 +70,11 @@ def tell(runs: Sequence[Run], scans: Sequence[Scan], *, room: int) -> str:
     return dumps(about)[:-1] + ',"episodes":[' + ",\n".join(text for several in episodes for text in several) + "]}"
 
 
+def folder_of(paths: Sequence[Path]) -> str:
+    """The name of the folder that several runs lie in, empty where they have only the root in common."""
+    return Path(os.path.commonpath([path.resolve().parent for path in paths])).name if paths else ""
+
+
 def share_out(runs: Sequence[Run], scans: Sequence[Scan], room: int) -> list[list[str]]:
     """The episodes of each run as JSON; what a small run does not need is there for the others."""
     shown: list[list[str]] = [[] for _ in runs]
@@ -80,7 +92,8 @@ def asset(name: str) -> str:
 
 def assemble(told: str, *, live: bool = False) -> str:
     """The page around what is told. A live one asks the server that it came from, and nobody else, what is new."""
-    scripts = [f"/*\n{asset(LICENCE)}*/\n" + asset(SCRIPTS[0]), *map(asset, SCRIPTS[1:]), *([asset(LIVE)] * live)]
+    first = f"{LANGUAGE}\n/*\n{asset(LICENCE)}*/\n{asset(SCRIPTS[0])}"
+    scripts = [first, *map(asset, SCRIPTS[1:]), *([asset(LIVE)] * live)]
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     parts = {
         "connect": "'self'" if live else "'none'",

@@ -123,7 +123,7 @@ def find_runs(given: Sequence[str], *, most: int = MOST_RUNS) -> tuple[list[Path
         elif not below:
             missed.append(
                 f"{word}: no run is there or below: no metrics.jsonl, episodes.jsonl, checkpoints or summary.json with "
-                "estimates. Give what was --out of a recipe."
+                "estimates. Give what was --out of a recipe, or make a first one: echelon quickstart."
             )
     if not found:
         raise DataError(" ".join(missed))

@@ -100,6 +100,32 @@ def test_help_lists_recipes_and_commands(words: list[str], package: str, capsys:
     assert err == ""
 
 
+def test_help_says_what_to_begin_with_and_tells_what_trains_from_what_looks(
+    package: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert out.index("to begin with\n  echelon quickstart") < out.index("recipes that train\n")
+    trains, others = out.split("recipes that train\n")[1].split("commands that prepare, test, use and look at\n")
+    assert [line.split()[0] for line in trains.splitlines() if line] == [
+        *("archer", "control", "control-mlp", "control-reward", "dpo", "feedback", "grpo", "ppo", "rank"),
+        *("responder", "reward", "sft", "strategist", "tosca"),
+    ]
+    listed = [line.split()[0] for line in others.split("\nalso\n")[0].splitlines() if line]
+    assert listed == ["chat", "compare", "control-data", "evaluate", "merge", "quickstart", "report", "runs", "watch"]
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("command", ["doctor", "launch", "completion", "list"])
+def test_commands_that_are_no_recipes_have_help_too(
+    command: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, flag]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"usage: echelon {command}")
+    assert err == ""
+
+
 def test_list_is_one_line_per_recipe(package: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list"], package=package) == 0
     assert capsys.readouterr().out == (

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from echelon import cli
-from echelon.config import CommandConfig, RunConfig, load, to_yaml
+from echelon.config import CommandConfig, RunConfig, _flag, _settings, load, to_yaml
 from echelon.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +53,17 @@ def test_help_of_every_recipe(recipe: str, capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     for field in dataclasses.fields(config_of(recipe)):
         assert field.name.replace("_", "-") in out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_of_every_recipe_ends_with_commands_that_have_settings_of_it(recipe: str) -> None:
+    examples = cli._examples(recipe, importlib.import_module(f"echelon.recipes.{recipe.replace('-', '_')}"))
+    assert f"echelon {recipe} " in examples
+    for line in examples.splitlines():
+        program, name, *words = line.partition("   ")[0].split()
+        assert program == "echelon"
+        flags = {word for word in words if word.startswith("--")}
+        assert flags <= {_flag(setting) for setting in _settings(config_of(name))}, line
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)

@@ -69,6 +69,23 @@ def test_environments_keep_their_promises(name: str, settings: dict[str, Any]) -
     check_env(f"gymnasium:{name}", episodes=3, settings=settings)
 
 
+@pytest.mark.parametrize(
+    ("library", "name", "settings"),
+    [
+        ("Box2D", "LunarLander-v3", {}),
+        ("Box2D", "LunarLander-v3", {"env_kwargs": {"continuous": True}}),
+        ("mujoco", "HalfCheetah-v5", {}),
+        ("dm_control", "dm_control/cheetah-run-v0", {"flatten": True}),
+    ],
+)
+def test_simulated_bodies_keep_them_too(
+    library: str, name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "disable")  # nothing is drawn
+    pytest.importorskip(library)
+    check_env(f"gymnasium:{name}", episodes=3, settings={**settings, "horizon": 20})
+
+
 def test_an_episode_is_gymnasiums_own() -> None:
     """The same seed and actions give the same observations and rewards, and every prompt is whole and new."""
     env = started("CartPole-v1", number=5)
@@ -318,12 +335,13 @@ def test_without_gymnasium_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
         load_env("gymnasium:CartPole-v1")
 
 
-def test_the_module_before_an_id_is_imported() -> None:
+def test_the_module_before_an_id_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shimmy", None)
     with pytest.raises(
         MissingExtra, match=r"^no_such:A-v0 is of the module 'no_such': No module named 'no_such'. Inst"
     ):
         load_env("gymnasium:no_such:A-v0")
-    with pytest.raises(MissingExtra, match=r"shimmy is not installed. Run: pip install 'echelon\[control\]'"):
+    with pytest.raises(MissingExtra, match=r"shimmy is not installed. Run: pip install 'echelon\[physics\]'"):
         load_env("gymnasium:dm_control/cheetah-run-v0")
     assert len(started("json:CartPole-v1").codec.observation.names) == 4
 

@@ -619,7 +619,7 @@ def apprentice(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.seeds(0, 1, 2)
 def test_it_learns_which_key_fits_which_door(train, apprentice: Path, seed: int) -> None:
     """The share of doors opened, first three steps to last three: 0.47 to 0.85, 0.52 to 0.85, 0.49 to 0.87 with these
     seeds, 0.46 to 0.74 and 0.49 to 0.67 with the next two; nothing is learned in the first six steps, which warm up."""

@@ -503,7 +503,7 @@ LEARNED_OFFLINE: dict[str, tuple[object, ...]] = {
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.seeds(0, 1)
 @pytest.mark.parametrize("variant", LEARNED_OFFLINE)
 def test_off_line_it_beats_cloning_of_the_same_file(
     train: Train, cloned: tuple[list[Path], Path, float], variant: str, seed: int

@@ -18,6 +18,7 @@ from echelon.data.control import read_arrays, read_codec, read_minari
 from echelon.data.conversations import imitated
 from echelon.data.datasets import load_rows
 from echelon.envs import load_env
+from echelon.envs.experts import expert
 from echelon.models.lm import load_tokenizer, tiny
 from echelon.rollout.plays import env_loop
 from echelon.rollout.roles import Role, collect
@@ -77,11 +78,13 @@ def test_all_steps_are_rows_on_one_side_of_a_split_by_episode(data: Path) -> Non
     assert np.float32(first["observation"]).tolist() in arrays["observations"].tolist()
 
 
-def test_run_again_it_writes_the_same_bytes(data: Path, tmp_path: Path) -> None:
+def test_run_again_it_writes_the_same_bytes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--env-id", "CartPole-v1", "--episodes", 10, "--eval-fraction", 0.2, *SHORT)
     again = made(tmp_path / "data", *flags)
     made(tmp_path / "data", *flags)
     assert written(again) == written(data)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{tmp_path / 'data'}: rows of text, arrays and summary.json. Learn from them: ")
     other = made(tmp_path / "data", *flags, "--seed", 1)
     assert written(other)["train.jsonl"] != written(data)["train.jsonl"]
 
@@ -187,8 +190,21 @@ def test_a_medium_policy_acts_as_the_expert_at_a_part_of_the_steps(tmp_path: Pat
     for policy, share in (("random", 0.5), ("medium", 0.5), ("medium", 1.0)):
         out = made(tmp_path / f"{policy}{share}", *flags, "--policy", policy, "--expert-share", share)
         means.append(json.loads((out / "summary.json").read_text())["return_mean"])
-    random, medium, expert = means
-    assert random < 40 < medium < 400 < expert == 500
+    random, medium, best = means
+    assert random < 40 < medium < 400 < best == 500
+
+
+def test_where_the_environment_is_disturbed_what_was_chosen_is_kept(tmp_path: Path) -> None:
+    flags = ("--env-id", "MountainCar-v0", "--episodes", 10, "--disturbed", 0.5)
+    arrays = read_arrays(made(tmp_path / "data", *flags))
+    (place, velocity), after = arrays["observations"].T, arrays["next_observations"][:, 1]
+    chosen = np.array([expert("MountainCar-v0")(seen) for seen in arrays["observations"]])
+    assert (arrays["actions"] == chosen).all()
+    expected = np.clip(velocity + 0.001 * (chosen - 1) - 0.0025 * np.cos(3 * place), -0.07, 0.07)
+    at_the_wall = (after == 0) & (arrays["next_observations"][:, 0] <= -1.2)
+    other = (abs(after - expected) > 1e-5) & ~at_the_wall
+    assert other.mean() == pytest.approx(0.5 * 2 / 3, abs=0.03)  # a third of what is random is what was chosen
+    assert written(made(tmp_path / "again", *flags))["arrays.npz"] == written(tmp_path / "data")["arrays.npz"]
 
 
 WRONG = [
@@ -207,6 +223,8 @@ WRONG = [
     (["--env-id", "CartPole-v1", "--episodes", "1", *SHORT], "there is one episode, so none can be held out."),
     (["--env-id", "CartPole-v1", "--expert", "pqo"], "expert = pqo: there is no such expert."),
     (["--dataset", "{data}/minari", "--policy", "random"], "policy = random: dataset says what is read."),
+    (["--env-id", "CartPole-v1", "--disturbed", "1"], "disturbed = 1.0: it is a part of the steps."),
+    (["--dataset", "{data}/minari", "--disturbed", "0.2"], "disturbed = 0.2: what is in a dataset has happened."),
     ([], "env_id is missing"),
 ]
 

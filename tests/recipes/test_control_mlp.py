@@ -244,7 +244,7 @@ RANDOM = 22.0
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.seeds(0, 1)
 def test_cloning_an_expert_balances_the_pole(seed: int, tmp_path: Path) -> None:
     data = recorded(tmp_path / "data", episodes=8, horizon=500)
     flags = ["--env", "CartPole-v1", "--method", "bc", "--data", str(data), "--steps", "400", "--optim.lr", "3e-3"]
@@ -255,7 +255,7 @@ def test_cloning_an_expert_balances_the_pole(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.seeds(0, 1)
 def test_ppo_learns_to_balance_the_pole(seed: int, tmp_path: Path) -> None:
     flags = ["--env", "CartPole-v1", "--method", "ppo", "--steps", "30", "--seed", str(seed), "--threads", "1"]
     assert cli.main(["control-mlp", *flags, "--out", str(tmp_path / "a")]) == 0
@@ -265,7 +265,7 @@ def test_ppo_learns_to_balance_the_pole(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.seeds(0, 1)
 def test_grpo_learns_to_balance_the_pole(seed: int, tmp_path: Path) -> None:
     flags = ["--env", "CartPole-v1", "--method", "grpo", "--steps", "15", "--seed", str(seed), "--threads", "1"]
     assert cli.main(["control-mlp", *flags, "--out", str(tmp_path / "a")]) == 0

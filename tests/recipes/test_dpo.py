@@ -66,7 +66,7 @@ def alone(module: Any, pairs: list[Pair]) -> torch.Tensor:
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.seeds(0, 1)
 @pytest.mark.parametrize("rule", ["polite", "length"])
 def test_held_out_pairs_are_told_apart_by_the_implicit_reward(train, folder: Path, rule: str, seed: int) -> None:
     """600 pairs, three epochs: from half to 0.97 and more of about 200 held-out pairs, with these seeds."""

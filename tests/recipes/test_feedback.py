@@ -675,7 +675,7 @@ def accuracies(run: Run, turn: int) -> list[float]:
     return [row[f"accuracy/turn{turn}"] for row in run.rows()]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.seeds(0, 1, 2)
 def test_a_coach_learns_what_a_solver_that_does_not_learn_should_be_told(train: Train, model: str, seed: int) -> None:
     """The solver opens one door of three and does as it is told: only words can open more. From 1/3 to 0.9 or more."""
     fast = ["--coach.policy.optim.lr", 0.003, "--no-solver.train", "--remarks", 4, "--seed", seed, "--prior", "none"]

@@ -129,7 +129,9 @@ def test_an_adapter_that_sft_trained_becomes_a_plain_model(
     for given, out in ((run.out, "of a run"), (checkpoint.parent, "of a checkpoint"), (checkpoint, "of a folder")):
         capsys.readouterr()
         folder = merge(given, out=out)
-        assert f"{checkpoint} merged into {untrained}, float32. Its logits are within" in capsys.readouterr().out
+        first, last = capsys.readouterr().out.splitlines()[-2:]
+        assert f"{checkpoint} merged into {untrained}, float32. Its logits are within" in first
+        assert last.startswith("Talk to it: ")
         expected = said(adapted(untrained, checkpoint))
         assert distance(said(whole(folder)), expected) < 1e-4
         assert distance(said(whole(untrained)), expected) > 1e-2, "the adapter matters"

@@ -555,7 +555,7 @@ def gain(run: Any) -> tuple[float, float]:
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.seeds(0, 1, 2)
 def test_choosing_beats_chance_while_the_generator_stays_as_it_was(train, talker: Path, seed: int) -> None:
     """0.19, 0.16, 0.22 in the first four steps, 0.81, 0.84, 0.81 in the last; the best of eight is right with 0.90."""
     flags = (*LANGUAGE, "--generator", "frozen", "--candidates", 8, "--steps", 20, "--ranker-updates", 12)
@@ -566,7 +566,7 @@ def test_choosing_beats_chance_while_the_generator_stays_as_it_was(train, talker
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.seeds(0, 1)
 def test_the_generator_learns_to_say_what_the_ranker_prefers(train, talker: Path, seed: int) -> None:
     """From 0.16 and 0.22 to 1.00 and 1.00; without the ranker, 1.00 and 1.00 of 40 test episodes, from a quarter."""
     flags = (*LANGUAGE, "--candidates", 4, "--steps", 24, "--warmup-steps", 8, "--ranker-updates", 8)

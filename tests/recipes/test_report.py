@@ -69,9 +69,11 @@ def test_a_stage_that_learns_from_rows(start: Path) -> None:
     assert about["learned"]["state"] == "good"
 
 
-def test_an_evaluation(start: Path, tmp_path: Path) -> None:
+def test_an_evaluation(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--env", "guess_number", "--env-settings", "low=1", "high=4", "max_turns=3", "--episodes", "4"]
     assert cli.main(["evaluate", "--model.path", str(start), *words, "--out", str(tmp_path / "test")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{tmp_path / 'test'}: summary.json, episodes.jsonl. Look at them: ")
     page = told(tmp_path / "test")
     assert page["runs"][0]["recipe"] == "evaluate"
     assert page["evaluations"][0]["estimates"]["return"]["n"] == 4

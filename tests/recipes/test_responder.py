@@ -96,7 +96,7 @@ def chances(path: Path) -> torch.Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.seeds(0, 1, 2)
 def test_it_learns_to_follow_the_strategy_in_its_prompt(
     train: Train, weather: list[str], folder: Path, seed: int
 ) -> None:

@@ -7,8 +7,9 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from echelon.models.lm import tiny
 from echelon.train.checkpoint import find_checkpoint
 from tests.recipes.conftest import recorded
 from tests.recipes.strategies import SAYS, lines, write_decisions, write_esconv
+from tests.view.browser import USE, Elsewhere, Tab
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*/*.yaml"))
@@ -170,10 +172,26 @@ def run(recipe: str, file: Path, out: str) -> None:
     assert cli.main([recipe, str(file), "--out", out, *flags]) == 0, name
 
 
+Ran = Callable[[Path], Path]
+
+
+@pytest.fixture(scope="module")
+def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """The run directory of a settings file, which runs when it is first asked for."""
+    done: dict[Path, Path] = {}
+
+    def once(file: Path) -> Path:
+        if file not in done:
+            done[file] = tmp_path_factory.mktemp("settings") / "run"
+            run(file.parent.name, file, str(done[file]))
+        return done[file]
+
+    return once
+
+
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
-def test_a_settings_file_runs_as_it_stands(file: Path, folder: Path, tmp_path: Path) -> None:
-    recipe, out = file.parent.name, tmp_path / "run"
-    run(recipe, file, str(out))
+def test_a_settings_file_runs_as_it_stands(file: Path, ran: Ran) -> None:
+    recipe, out = file.parent.name, ran(file)
     if recipe == "merge":
         assert (out / "model.safetensors").is_file()
     elif recipe in ("evaluate", "control_data"):
@@ -182,6 +200,41 @@ def test_a_settings_file_runs_as_it_stands(file: Path, folder: Path, tmp_path: P
         assert (out / "metrics.jsonl").read_text().count("\n") >= 1
         part = {"tosca": "responder", "feedback": "solver", "control_reward": "reward"}.get(recipe, recipe)
         assert find_checkpoint(out, part if part in ("reward", "strategist", "responder", "solver") else "actor")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Elsewhere]:
+    """Chromium in a thread of its own; tests skip where there is none."""
+    found = Elsewhere()
+    yield found
+    found.close()
+
+
+ONE_EACH = {file.parent.name: file for file in FILES if file.parent.name not in ("merge", "control_data")}
+"""Recipe → a settings file of its, of those that leave runs to look at."""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("recipe", ONE_EACH)
+def test_the_page_of_a_run_of_every_recipe_works(recipe: str, browser: Elsewhere, ran: Ran) -> None:
+    out = ran(ONE_EACH[recipe])
+    assert cli.main(["report", str(out)]) == 0
+
+    def look(chromium: Any) -> list[str]:
+        tab, used = Tab(chromium, out / "report.html", width=390), 0
+        for view in tab.page.evaluate("[...document.querySelectorAll('#nav a')].map(link => link.hash.slice(1))"):
+            tab.go(view)
+            assert tab.text.strip(), view
+            assert tab.fits(), view
+            if view == "overview":
+                tab.picture(f"of_{recipe}")
+            used += tab.page.evaluate(USE)
+            assert tab.fits(), view
+        assert used > 10
+        tab.context.close()
+        return tab.complaints
+
+    assert browser.look(look) == []
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("feedback/")])

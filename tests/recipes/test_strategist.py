@@ -77,7 +77,7 @@ LEARN += ("--epochs", 8, "--save-every", 0)
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.seeds(0, 1, 2)
 def test_the_optimal_strategy_is_recovered_where_the_greedy_one_is_wrong(train, folder: Path, seed: int) -> None:
     """200 steps on 800 decisions taken at random: right in all 64 states, with each of these seeds."""
     data = ("--model.path", folder / "model", "--data.path", folder / "decisions.jsonl")
@@ -103,7 +103,7 @@ def test_other_settings_learn_it_too(train, folder: Path, settings: Sequence[obj
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.seeds(0, 1)
 def test_imitation_learns_what_supporters_do_from_conversations(train, folder: Path, seed: int) -> None:
     """80 conversations of two turns, 21 of them held out: all 42 decisions there, with these seeds."""
     data = ("--model.path", folder / "model", "--data.path", folder / "esconv.json", "--data.eval-fraction", 0.3)

@@ -1,15 +1,8 @@
-"""The page in a real browser: Chromium as Debian packages it (`apt-get install chromium`), without network.
-
-`CHROMIUM` names another one. The accessibility audit is axe-core's, from `npm install axe-core`: `AXE` names its
-axe.min.js. With `SCREENSHOTS` set to a folder, a picture of every view at three widths in both modes is left there.
-"""
+"""The page in a real browser, without network: every view, every control, and whatever a model may say."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +11,10 @@ import pytest
 
 from echelon import cli
 from echelon.view.serve import Server, Watched
+from tests.view.browser import VIEWS, Tab, axe, opened
 from tests.view.conftest import Write, episode, lines, turn
 
 pytestmark = pytest.mark.browser
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or ""
-AXE = Path(os.environ.get("AXE") or Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js")
 WIDTHS = (390, 820, 1440)
 LONG = 10_000_000
 NASTY = [
@@ -40,58 +32,8 @@ NASTY = [
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless Chromium; tests skip where there is none."""
-    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'echelon[browser]'")
-    if not CHROMIUM:
-        pytest.skip("no Chromium: apt-get install chromium, or name one in CHROMIUM")
-    with api.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-class Tab:
-    """A page in the browser, and everything it has complained about."""
-
-    def __init__(
-        self, browser: Any, page: Path | str, *, width: int = 1280, mode: str = "light", audit: bool = False
-    ) -> None:
-        self.complaints: list[str] = []
-        self.asked: list[str] = []
-        context = browser.new_context(
-            viewport={"width": width, "height": 900},
-            color_scheme=mode,
-            offline=isinstance(page, Path),
-            bypass_csp=audit,
-        )
-        context.set_default_timeout(120_000)
-        self.page = context.new_page()
-        self.page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.address = page.as_uri() if isinstance(page, Path) else page
-        self.page.goto(self.address)
-        self.page.wait_for_selector("#main > *")
-
-    def go(self, view: str) -> None:
-        self.page.evaluate("view => { location.hash = view; }", view)
-        self.until("location.hash", f"#{view}")
-        self.page.wait_for_timeout(150)
-
-    def until(self, expression: str, value: object) -> None:
-        """Wait for an expression to have a value; the page's own policy lets it evaluate nothing in the page."""
-        end = time.monotonic() + 120
-        while self.page.evaluate(expression) != value:
-            assert time.monotonic() < end, f"{expression} is {self.page.evaluate(expression)!r}, not {value!r}"
-            self.page.wait_for_timeout(50)
-
-    @property
-    def text(self) -> str:
-        return str(self.page.inner_text("#main"))
-
-    def quiet(self) -> bool:
-        """Whether nothing was complained about and nothing asked for but the page itself, and what is below it."""
-        others = [url for url in self.asked if not url.startswith((self.address, "data:"))]
-        return (self.complaints, others) == ([], [])
+    with opened() as found:
+        yield found
 
 
 def choices(best: str) -> list[dict[str, Any]]:
@@ -149,9 +91,6 @@ def _writer(folder: Path) -> Write:
     return conftest.write.__wrapped__(folder)  # type: ignore[attr-defined,no-any-return]
 
 
-VIEWS = ("overview", "curves", "episodes", "compare", "evaluations", "settings", "budget", "episode=0.3")
-
-
 def test_every_view_opens_without_complaint_and_asks_no_network(browser: Any, report: Path) -> None:
     tab = Tab(browser, report)
     for view in VIEWS:
@@ -165,20 +104,27 @@ def test_every_view_opens_without_complaint_and_asks_no_network(browser: Any, re
 def test_no_view_is_wider_than_the_screen_and_none_has_a_serious_finding(
     browser: Any, report: Path, width: int, mode: str
 ) -> None:
-    tab = Tab(browser, report, width=width, mode=mode, audit=True)
-    pictures = os.environ.get("SCREENSHOTS")
+    audited = (width, mode) in ((390, "light"), (1440, "dark"))  # each layout and each palette once
+    tab, audit = Tab(browser, report, width=width, mode=mode, audit=audited), axe() if audited else ""
     for view in VIEWS:
         tab.go(view)
-        assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
-        if pictures:
-            name = view.partition("=")[0]
-            tab.page.screenshot(path=str(Path(pictures, f"{name}_{width}_{mode}.png")), full_page=True)
-        if AXE.is_file():
-            tab.page.evaluate(AXE.read_text())
-            found = tab.page.evaluate("axe.run()")["violations"]
-            assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == [], view
-    if not AXE.is_file():
-        pytest.skip(f"no accessibility audit: {AXE} is not there (npm install axe-core, or name it in AXE)")
+        assert tab.fits(), view
+        tab.picture(f"{view.partition('=')[0]}_{width}_{mode}")
+        if audit:
+            assert tab.findings(audit) == [], view
+    if audited and not audit:
+        pytest.skip("no accessibility audit: pip install 'echelon[browser]'")
+
+
+def test_a_browser_whose_language_is_none_draws_curves_too(browser: Any, report: Path) -> None:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.add_init_script("Object.defineProperty(navigator, 'language', {value: 'en-US@posix', configurable: true})")
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(report.as_uri())
+    page.wait_for_selector(".uplot canvas", timeout=60_000)
+    assert complaints == []
 
 
 def test_filters_leave_what_was_asked_for(browser: Any, report: Path) -> None:
@@ -248,6 +194,106 @@ def test_curves_follow_their_controls(browser: Any, report: Path) -> None:
     assert tab.quiet(), tab.complaints
 
 
+def test_the_overview_is_about_the_run_that_is_chosen(browser: Any, report: Path) -> None:
+    tab = Tab(browser, report)
+    names = tab.page.evaluate("runs.map(run => run.name)")
+    assert tab.page.inner_text("h1").endswith(" · 3 runs")
+    place = next(at for at, name in enumerate(names) if "coached" in name)
+    tab.page.get_by_label("About the run").select_option(str(place))
+    assert "Feedback that is ignored" in tab.text
+    tab.page.get_by_role("link", name=names[1 if place != 1 else 0], exact=True).click()
+    said = tab.page.get_by_label("In one look").inner_text()
+    assert "✓ yes" in said
+    assert "It learned" not in said, "of its critic the files have a loss alone"
+    assert tab.page.get_by_label("Before and after").locator(".pair > section").count() == 2
+    assert tab.page.get_by_label("Health", exact=True).locator("li").count() > 0
+    tab.page.get_by_role("link", name="more").click()
+    tab.until("shown", "compare")
+    assert tab.quiet(), tab.complaints
+
+
+def test_colours_are_chosen_and_a_table_is_searched(browser: Any, report: Path) -> None:
+    tab = Tab(browser, report)
+    dark = "getComputedStyle(document.body).backgroundColor === 'rgb(15, 17, 22)'"
+    seen = []
+    for _ in range(3):
+        tab.page.locator("#theme").click()
+        seen.append((tab.page.inner_text("#theme"), tab.page.evaluate(dark)))
+    assert seen == [("Colours: light", False), ("Colours: dark", True), ("Colours: auto", False)]
+    tab.page.keyboard.press("Tab")
+    tab.page.evaluate("document.getElementById('skip').click()")
+    assert tab.page.evaluate("document.activeElement.id") == "main"
+    tab.go("settings")
+    tab.page.get_by_label("Find", exact=True).fill("episodes_per")
+    rows = "document.querySelectorAll('[aria-label=Settings] tbody tr').length"
+    tab.page.wait_for_timeout(200)
+    assert tab.page.evaluate(rows) <= 1
+    assert tab.quiet(), tab.complaints
+
+
+def test_episodes_are_ordered_and_lead_to_what_came_of_their_task(browser: Any, report: Path) -> None:
+    tab = Tab(browser, report)
+    tab.go("episodes")
+    tab.page.get_by_label("Order", exact=True).select_option("best")
+    worth = "[...document.querySelectorAll('.list .chip')].map(one => Number(one.textContent))"
+    found = tab.page.evaluate(worth)
+    assert found == sorted(found, reverse=True)
+    tab.page.get_by_label("Run", exact=True).select_option("1")
+    tab.page.get_by_label("Step to").fill("3")
+    tab.page.get_by_label("Return to").fill("0.2")
+    tab.until("document.querySelectorAll('.list a').length", 3)
+    tab.page.get_by_role("button", name="Beside step 18").click()
+    tab.until("location.hash", "#compare=1.2,1.18")
+    tab.page.get_by_label("Late", exact=True).select_option("1.4")
+    tab.until("location.hash", "#compare=1.2,1.4")
+    assert "I hear you, 4." in tab.text
+    tab.page.get_by_label("Task", exact=True).select_option("talk/1")
+    tab.until("location.hash", "#compare=1.1,1.19")
+    tab.page.get_by_role("link", name="open").first.click()
+    tab.until("location.hash", "#episode=1.1")
+    assert tab.quiet(), tab.complaints
+
+
+def test_a_curve_is_looked_at_closer_and_told_in_numbers(browser: Any, report: Path) -> None:
+    tab = Tab(browser, report)
+    tab.go("curves")
+    tab.page.wait_for_selector(".uplot canvas")
+    tab.page.get_by_role("button", name="each run").click()
+    tab.page.locator(".legend button").first.click(modifiers=["Shift"])
+    label = "document.querySelector('.plot').getAttribute('aria-label')"
+    assert tab.page.evaluate(label).count(": from") == 1
+    tab.page.locator("figure summary").first.click()
+    assert "most" in tab.page.locator("figure table").first.inner_text()
+    box = tab.page.locator(".u-over").first.bounding_box()
+    ticks = "document.querySelector('.plot canvas').toDataURL()"
+    before = tab.page.evaluate(ticks)
+    tab.page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + 40)
+    tab.page.mouse.down()
+    tab.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 40, steps=4)
+    tab.page.mouse.up()
+    tab.page.wait_for_timeout(200)
+    closer = tab.page.evaluate(ticks)
+    tab.page.locator(".u-over").first.dblclick()
+    tab.page.wait_for_timeout(200)
+    assert closer != before
+    assert tab.page.evaluate(ticks) == before
+    assert tab.quiet(), tab.complaints
+
+
+def test_episodes_without_a_task_that_returns_are_the_first_and_the_last(browser: Any, write: Write) -> None:
+    rows = [episode(at, f"task {at}", [turn(f"word {at}")], at) for at in range(5)]
+    folder = write(episodes=rows)
+    assert cli.main(["report", str(folder)]) == 0
+    tab = Tab(browser, folder / "report.html")
+    assert "The first episode and the last: no task comes twice." in tab.text
+    tab.go("compare")
+    assert "task 0, and later task 4" in tab.text
+    tab.page.get_by_label("Late", exact=True).select_option("0.2")
+    tab.until("location.hash", "#compare=0.0,0.2")
+    assert "word 2" in tab.text
+    assert tab.quiet(), tab.complaints
+
+
 def test_whatever_a_model_says_is_text(browser: Any, write: Write) -> None:
     rows = [
         episode(at, text, [turn(text, role=text[:40] or "x", seen=text, note=text)], error=text)
@@ -265,7 +311,7 @@ def test_whatever_a_model_says_is_text(browser: Any, write: Write) -> None:
     tab = Tab(browser, folder / "report.html")
     for view in ("overview", "settings", "episodes", *(f"episode=0.{place}" for place in range(len(NASTY) + 2))):
         tab.go(view)
-        assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+        assert tab.fits(), view
         assert tab.page.evaluate("[window.taken, document.images.length, document.scripts.length]") == [None, 0, 6]
     tab.go("episode=0.1")
     assert NASTY[1] in tab.text

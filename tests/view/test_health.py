@@ -41,6 +41,7 @@ def test_a_return_that_falls_is_bad_and_a_loss_that_falls_is_good() -> None:
 
 def test_three_steps_are_too_few_to_tell() -> None:
     assert learned(curves(reward__mean=[1.0, 2.0, 3.0])).state == "none"
+    assert levels(curves(policy__entropy=[1.0, 2.0, 3.0])) == []
 
 
 @pytest.mark.parametrize(
@@ -112,9 +113,19 @@ def test_a_metric_is_of_a_level() -> None:
     assert group_of("eval/loss", ["eval/loss"])[0] == "Held out"
 
 
-def test_each_level_says_what_changed() -> None:
-    both = curves(critic__explained_variance=[0.1] * 10 + [0.5] * 10, policy__entropy=[1.0] * 10 + [0.5] * 10)
+def test_each_level_says_whether_it_learned_and_what_changed() -> None:
+    both = curves(
+        critic__explained_variance=[0.1] * 10 + [0.5] * 10,
+        policy__entropy=[1.0] * 10 + [0.5] * 10,
+        planner__entropy=[1.0] * 20,
+    )
     assert [(one.title, one.text) for one in levels(both)] == [
-        ("Upper level: critic of utterances", "Variance explained 0.1 → 0.5."),
-        ("Lower level: policy", "Entropy 1 → 0.5 nats."),
+        ("Upper level: critic of utterances", "It learned: variance explained 0.1 → 0.5."),
+        ("Upper level: planner", "It hardly moved: entropy 1 → 1 nats."),
+        ("Lower level: policy", "It changed: entropy 1 → 0.5 nats."),
     ]
+
+
+def test_a_level_whose_judge_says_that_it_got_worse_changed() -> None:
+    worse = curves(high__td_error=[1.0] * 10 + [2.0] * 10, high__entropy=[1.0] * 20)
+    assert [one.text for one in levels(worse)] == ["It changed: error of Q 1 → 2; entropy 1 → 1 nats."]

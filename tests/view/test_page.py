@@ -14,7 +14,7 @@ import pytest
 
 from echelon.view.compare import groups, headings, settings
 from echelon.view.episodes import scan
-from echelon.view.page import build, phases, thin
+from echelon.view.page import build, folder_of, phases, thin
 from echelon.view.runs import Metrics, Run, read_run
 from tests.view.conftest import Write, episode, turn
 
@@ -129,6 +129,12 @@ def test_settings_are_shared_or_differ() -> None:
         {"name": "lr", "values": ["1", "2"], "partial": False},
         {"name": "only", "values": ["3", None], "partial": True},
     ]
+
+
+def test_several_runs_are_called_by_the_folder_they_lie_in() -> None:
+    assert folder_of([Path("/x/quickstart/archer"), Path("/x/quickstart/grpo")]) == "quickstart"
+    assert folder_of([Path("/x/sweep/a/seed_0"), Path("/x/sweep/b/seed_0")]) == "sweep"
+    assert folder_of([Path("/a/run"), Path("/b/run")]) == ""
 
 
 def test_curves_stand_under_what_they_are_about() -> None:

@@ -42,6 +42,7 @@ function duration(seconds) {
 const plural = (count, one, many = one + "s") => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
 
 const STATES = { good: "✓ fine", warn: "! look", bad: "✗ wrong", none: "· noted" };
+const LEARNED = { good: "✓ yes", warn: "? unclear", bad: "✗ no", none: "· too early" };
 const badge = (state, said) => el("span", { class: `badge ${state}`, text: said || STATES[state] });
 
 // A control under its label. `spoken` is what the control is called where the label alone would not say it.
@@ -82,7 +83,7 @@ function table(caption, head, body, kinds = []) {
     return made;
   };
   return el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": caption },
-    el("table", {}, el("caption", { text: caption }),
+    el("table", {}, el("caption", {}, el("span", { text: caption })),
       el("thead", {}, el("tr", {}, head.map((text, place) => cell("th", text, place, "col")))),
       el("tbody", {}, body.map((row) => el("tr", {}, row.map((content, place) => cell(place ? "td" : "th", content, place, place ? null : "row")))))));
 }
@@ -92,6 +93,6 @@ const paint = (name) => getComputedStyle(document.documentElement).getPropertyVa
 
 function verdict(one, big) {
   const [level, who] = one.title.includes(" level: ") ? one.title.split(" level: ") : ["", one.title];
-  const mark = level ? el("span", { class: "badge none level", text: level }) : one.state === "none" && !big ? el("span", { class: "badge none", text: "level" }) : badge(one.state);
+  const mark = level ? el("span", { class: "badge none level", text: level }) : big ? badge(one.state, LEARNED[one.state]) : one.state === "none" ? el("span", { class: "badge none", text: "level" }) : badge(one.state);
   return el("li", { class: "verdict" }, mark, el("div", {}, el(big ? "h2" : "h3", { text: who[0].toUpperCase() + who.slice(1) }), el("p", { class: big ? "big" : null, text: one.text })));
 }

@@ -91,7 +91,7 @@ function grow(one) {
   return { turns, children, top };
 }
 
-function optionsOf(turn) {
+function optionsOf(turn, folded) {
   if (!turn.c || !turn.c.length) return null;
   const strategies = turn.c.some(([, , strategy]) => strategy);
   const values = turn.c.map(([q]) => q).filter((q) => q !== null), low = Math.min(...values), span = Math.max(...values) - low || 1;
@@ -99,10 +99,10 @@ function optionsOf(turn) {
   const body = turn.c.map(([q, text, strategy, count], place) => el("tr", { class: place === turn.k ? "taken" : null },
     el("td", { dir: "auto", text: visible(strategies ? strategy : text || "nothing") + (count > 1 ? ` ×${count}` : "") }),
     el("td", { class: "num", text: q === null ? "not offered" : number(q) }),
-    el("td", {}, q === null ? "" : el("span", { class: "q", style: { width: `${(0.15 + 0.85 * ((q - low) / span)) * 6}rem` } })),
+    el("td", {}, q === null ? "" : el("span", { class: "q", style: { width: `calc(${(0.15 + 0.85 * ((q - low) / span)).toFixed(3)} * var(--bar))` } })),
     el("td", { text: place === turn.k ? (turn.e ? "← taken, to explore" : "← taken") : "" })));
   const best = turn.k === 0 ? "the best" : turn.k === undefined ? "one" : `number ${turn.k + 1}`;
-  return el("details", { class: "options", open: strategies && turn.c.length <= 10 ? true : null },
+  return el("details", { class: "options", open: !folded && strategies && turn.c.length <= 10 ? true : null },
     el("summary", { text: `${plural(turn.c.length + (turn.cm || 0), strategies ? "strategy" : "different candidate", strategies ? "strategies" : undefined)}, ${best} taken` }),
     el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Values of the choices" }, el("table", {}, el("thead", {}, el("tr", {}, head.map((text, place) => (text ? el("th", { text, scope: "col", class: place === 1 ? "num" : null }) : el("td"))))), el("tbody", {}, body))),
     turn.cm ? el("p", { class: "muted", text: `${turn.cm} more are left out` }) : null);
@@ -118,7 +118,7 @@ function tokensOf(turn) {
   }));
 }
 
-function turnCard(turn, tree, most) {
+function turnCard(turn, tree, most, folded) {
   const numbers = Object.entries(turn.n || {}), delta = change(turn, tree);
   const value = shade === "reward" ? turn.w : shade && turn.n ? turn.n[shade] : undefined;
   return el("article", { class: "turn", style: { "--role": roleColor(turn.r), "background-image": tint(value, most) ? `linear-gradient(${tint(value, most)}, ${tint(value, most)})` : "none" } },
@@ -131,7 +131,7 @@ function turnCard(turn, tree, most) {
         Object.entries(turn.o || {}).map(([name, said]) => chip(name, plain(said))))),
     !turn.s ? null : plain(turn.s).length < 280 ? el("div", { class: "told", role: "group", "aria-label": "what it was told" }, saidText(turn.s)) : el("details", { class: "told" }, el("summary", { text: "what it was told" }), saidText(turn.s)),
     turn.z ? tokensOf(turn) : saidText(turn.x),
-    optionsOf(turn));
+    optionsOf(turn, folded));
 }
 
 // A chain is a list; where a turn has several answers, each begins a list of its own.
@@ -146,7 +146,7 @@ function thread(one, few) {
       if (left-- <= 0) continue;
       const gap = one.gap && turn.index === one.gap[0] + one.gap[1];
       if (gap) box.append(el("li", {}, el("span", { class: "hole", text: `${one.gap[1].toLocaleString("en")} turns are left out here` })));
-      const item = el("li", {}, turnCard(turn, tree, most));
+      const item = el("li", {}, turnCard(turn, tree, most, Boolean(few)));
       box.append(item);
       const next = tree.children.get(turn.index) || [];
       if (next.length === 1) waiting.push([box, next[0]]);
@@ -160,7 +160,7 @@ function thread(one, few) {
   tree.top.forEach((turn) => add(list, turn));
   if (one.t.length > (few || TURNS)) {
     const rest = one.t.length - (few || TURNS);
-    list.append(el("li", {}, el("button", { type: "button", text: `Show ${plural(rest, "more turn")}`, onclick: () => list.replaceWith(thread(one, one.t.length)) })));
+    list.append(el("li", {}, el("button", { type: "button", text: `Show ${plural(rest, "more turn")}`, onclick: () => { const all = thread(one, one.t.length); list.replaceWith(all); all.children[few || TURNS]?.scrollIntoView({ block: "nearest" }); } })));
   }
   return list;
 }
@@ -289,20 +289,29 @@ function returning(run) {
     .sort(([, a], [, b]) => b[b.length - 1].s - b[0].s - (a[a.length - 1].s - a[0].s));
 }
 
+// The two episodes of a run that say most about what changed: one task early and late, else the first and the last of
+// the episodes in which something was said; null where there are no two steps of them.
+function beforeAndAfter(run) {
+  const [paired] = returning(run);
+  if (paired) return [paired[1][0], paired[1].at(-1)];
+  const said = episodes.filter((one) => one.r === run && one.t.length).sort((a, b) => a.s - b.s || a.n - b.n);
+  return said.length && said[0].s < said.at(-1).s ? [said[0], said.at(-1)] : null;
+}
+
 function compareView(ids) {
   const [first, second] = ids.split(",").map((id) => byId.get(id));
-  const place = first ? first.r : runs.findIndex((_, run) => returning(run).length);
-  const tasks = place < 0 ? [] : returning(place);
-  if (!first && !tasks.length) return el("p", { class: "card", text: "No task comes twice in the episodes of this page, so nothing can be put side by side." });
-  const [a, b] = first && second ? [first, second] : [tasks[0][1][0], tasks[0][1].at(-1)];
+  const able = runs.map((run, at) => [String(at), run.name]).filter(([at]) => beforeAndAfter(Number(at)));
+  const [best] = able.filter(([at]) => returning(Number(at)).length).concat(able);
+  if (!best && !(first && second)) return el("p", { class: "card", text: "Nothing was said in two different steps of a run, so nothing can be put side by side." });
+  const [a, b] = first && second ? [first, second] : beforeAndAfter(Number(first ? first.r : best[0])) || [first, first];
+  const tasks = returning(a.r), alike = a.k === b.k;
   const go = (x, y) => { location.hash = `compare=${x.id},${y.id}`; };
-  const same = episodes.filter((one) => one.r === a.r && one.k === a.k).sort((x, y) => x.s - y.s || x.n - y.n);
-  const steps = same.map((one) => [one.id, `step ${one.s}, ${number(worth(one))}`]);
-  const able = runs.map((run, at) => [String(at), run.name]).filter(([at]) => returning(Number(at)).length);
+  const among = episodes.filter((one) => one.r === a.r && (!alike || one.k === a.k) && one.t.length).sort((x, y) => x.s - y.s || x.n - y.n);
+  const steps = among.map((one) => [one.id, `step ${one.s}, ${number(worth(one))}${alike ? "" : ": " + visible(one.k)}`]);
   const bar = el("div", { class: "bar" },
-    able.length > 1 && choice("Run", able, a.r, (at) => { const found = returning(Number(at))[0][1]; go(found[0], found.at(-1)); }),
-    choice("Task", tasks.map(([task]) => [task, visible(task)]), a.k, (task) => { const found = tasks.find(([one]) => one === task)[1]; go(found[0], found.at(-1)); }),
+    able.length > 1 && choice("Run", able, a.r, (at) => go(...beforeAndAfter(Number(at)))),
+    alike && tasks.length > 0 && choice("Task", tasks.map(([task]) => [task, visible(task)]), a.k, (task) => { const found = tasks.find(([one]) => one === task)[1]; go(found[0], found.at(-1)); }),
     choice("Early", steps, a.id, (id) => go(byId.get(id), b)), choice("Late", steps, b.id, (id) => go(a, byId.get(id))),
     choice("Shade turns by", [["", "nothing"], ["reward", "reward"], ...new Set([...a.t, ...b.t].flatMap((turn) => Object.keys(turn.n || {})))].map((one) => (Array.isArray(one) ? one : [one, one])), shade, (key) => { shade = key; show(); }));
-  return el("div", { class: "stack" }, el("section", { class: "card stack" }, el("h2", { dir: "auto", text: visible(a.k) }), bar), el("div", { class: "card" }, pair(a, b)));
+  return el("div", { class: "stack" }, el("section", { class: "card stack" }, el("h2", { dir: "auto", text: visible(alike ? a.k : `${a.k}, and later ${b.k}`) || "One task" }), bar), el("div", { class: "card" }, pair(a, b)));
 }

@@ -1,6 +1,7 @@
 "use strict";
 // The views and the way between them: the part of the address after # says what is shown.
 
+const FEW_TURNS = 4; // of an episode in the overview
 let looked = Math.max(0, runs.findIndex((run) => run.learned)); // the run that the overview is about
 
 function overview() {
@@ -8,23 +9,28 @@ function overview() {
   const run = runs[looked], trained = runs.some((one) => one.learned);
   const box = legend();
   const outcomes = [...new Set(runs.map((one) => one.outcome).filter(Boolean))];
-  const pairs = returning(looked);
+  const ends = beforeAndAfter(looked);
   const parts = [];
   if (runs.length > 1) parts.push(el("section", { class: "card", "aria-label": "Runs" }, runsTable()));
   const judged = el("section", { class: "card stack", "aria-label": "In one look" });
   if (runs.length > 1) judged.append(choice("About the run", runs.map((one, place) => [String(place), one.name]), looked, (place) => { looked = Number(place); show(); }));
   if (run.learned) judged.append(el("ul", { class: "plain" }, verdict(run.learned, true), run.levels.map((one) => verdict(one))));
-  else judged.append(el("p", { class: "big", text: data.evaluations.some((one) => one.run === looked) ? "An evaluation: nothing was learned here. Its numbers are under Evaluations, what was said under Episodes." : "Nothing is recorded yet." }));
-  if (run.checks.length) judged.append(el("h2", { text: "Health" }), el("ul", { class: "plain" }, run.checks.map((one) => verdict(one))));
-  const right = el("div", { class: "stack" });
-  if (trained) right.append(el("section", { class: "card stack", "aria-label": "Learning curves" }, el("h2", { text: "Learning curves" }), curveControls(box), runs.length > 1 ? box : null, outcomes.slice(0, 2).map((name) => chart(name, true))));
-  if (pairs.length) {
-    const [task, found] = pairs[0];
+  else judged.append(el("p", { class: "big", text: data.evaluations.some((one) => one.run === looked) ? "An evaluation: nothing was learned here." : "Nothing is recorded yet." }));
+  const left = el("div", { class: "stack" }, judged), right = el("div", { class: "stack" });
+  if (trained) left.append(el("section", { class: "card stack", "aria-label": "Learning curves" }, el("h2", { text: "Learning curves" }), curveControls(box), runs.length > 1 ? box : null, outcomes.slice(0, 2).map((name) => chart(name, true))));
+  if (ends) {
+    const [first, last] = ends, same = first.k === last.k;
     right.append(el("section", { class: "card stack", "aria-label": "Before and after" },
-      el("div", { class: "head" }, el("h2", { text: "What it said, before and after" }), el("a", { href: `#compare=${found[0].id},${found.at(-1).id}`, text: "more" })),
-      el("p", { class: "muted", dir: "auto", text: `The same task, ${visible(task)}, as early and as late as there is one.` }), pair(found[0], found.at(-1), 6)));
+      el("div", { class: "head" }, el("h2", { text: "What it said, before and after" }), el("a", { href: `#compare=${first.id},${last.id}`, text: "more" })),
+      el("p", { class: "muted", dir: "auto", text: same ? `The same task, ${visible(first.k)}, as early and as late as there is one.` : "The first episode and the last: no task comes twice." }), pair(first, last, FEW_TURNS)));
   }
-  parts.push(el("div", { class: right.children.length ? "cols two" : "cols" }, judged, right));
+  const tested = data.evaluations.filter((one) => one.run === looked), [said] = episodes.filter((one) => one.r === looked && one.t.length);
+  if (!run.learned && tested.length) left.append(el("section", { class: "card", "aria-label": "Numbers" }, estimates(tested)));
+  if (!run.learned && said) right.append(el("section", { class: "card stack", "aria-label": "What it said" },
+    el("div", { class: "head" }, el("h2", { text: "What it said" }), el("a", { href: `#episode=${said.id}`, text: "more" })),
+    el("p", { class: "muted", dir: "auto", text: `The first episode, ${visible(said.k)}.` }), about(said), thread(said, FEW_TURNS)));
+  parts.push(el("div", { class: right.children.length ? "cols two" : "cols" }, left, right));
+  if (run.checks.length) parts.push(el("section", { class: "card stack", "aria-label": "Health" }, el("h2", { text: "Health" }), el("ul", { class: "plain several" }, run.checks.map((one) => verdict(one)))));
   const notes = runs.flatMap((one) => one.notes.map((note) => (runs.length > 1 ? `${one.name}: ` : "") + note));
   const missing = runs.filter((one) => one.shown < one.episodes);
   if (missing.length) notes.unshift(`Not all episodes fit: ${missing.slice(0, 8).map((one) => `${runs.length > 1 ? one.name + ": " : ""}${one.shown.toLocaleString("en")} of ${one.episodes.toLocaleString("en")} shown`).join("; ")}${missing.length > 8 ? `; and ${missing.length - 8} more runs` : ""}. They are spread over all steps; --size makes room for more.`);
@@ -47,11 +53,14 @@ function runsTable() {
   };
   const body = runs.map((one, place) => {
     const tested = !one.steps && data.evaluations.find((found) => found.run === place && !found.name);
-    const [first, last] = tested ? [null, (tested.estimates.return || tested.estimates.accuracy || {}).mean] : ends(place);
+    const mean = tested ? tested.estimates.return || tested.estimates.accuracy || {} : {};
+    const [first, last] = tested ? [null, mean.mean] : ends(place);
+    const interval = tested && mean.low !== null && mean.low !== undefined ? el("span", { class: "muted interval", text: ` [${number(mean.low)}, ${number(mean.high)}]` }) : "";
+    const learned = one.learned ? badge(one.learned.state, LEARNED[one.learned.state]) : tested ? el("span", { class: "badge none", text: "· test" }) : "–";
     const open = el("a", { href: "#overview", text: one.name, onclick: (event) => { event.preventDefault(); looked = place; show(); } });
-    return [open, one.recipe || "–", one.outcome || (tested ? (tested.estimates.return ? "return" : "accuracy") : "–"), number(first), number(last), one.steps ? one.steps.toLocaleString("en") : "–", tested ? (tested.episodes ?? 0).toLocaleString("en") : one.perStep && one.steps ? (one.perStep * one.steps).toLocaleString("en") : "–", one.seconds ? duration(one.seconds) : "–", states(one)];
+    return [open, learned, number(first), el("span", {}, el("b", { text: number(last) }), interval), el("span", { class: "metric", text: one.outcome || (tested ? (tested.estimates.return ? "return" : "accuracy") : "–") }), one.recipe || "–", one.steps ? one.steps.toLocaleString("en") : "–", tested ? (tested.episodes ?? 0).toLocaleString("en") : one.perStep && one.steps ? (one.perStep * one.steps).toLocaleString("en") : "–", one.seconds ? duration(one.seconds) : "–", states(one)];
   });
-  const made = table("The runs: what they were for, in the first fifth of their steps and in the last", ["run", "recipe", "outcome", "first", "last", "steps", "episodes", "time", "health"], body, ["", "", "", "num", "num", "num", "num", "num", ""]);
+  const made = table("What each run is for, as the mean over the first fifth of its steps and the last; of a test with its 95 % interval", ["run", "learned?", "first", "last", "of", "recipe", "steps", "episodes", "time", "health"], body, ["", "", "num", "num", "", "", "num", "num", "num", ""]);
   if (runs.length > 12) made.classList.add("limit");
   return made;
 }
@@ -79,7 +88,11 @@ function settingsView() {
 }
 
 function evaluationsView() {
-  const all = data.evaluations, names = [...new Set(all.flatMap((one) => Object.keys(one.estimates)))];
+  return el("section", { class: "card" }, estimates(data.evaluations));
+}
+
+function estimates(all) {
+  const names = [...new Set(all.flatMap((one) => Object.keys(one.estimates)))];
   const title = (one) => [runs[one.run].name, one.name].filter(Boolean).join(" · ");
   const body = names.map((name) => [el("code", { text: name }), ...all.map((one) => {
     const found = one.estimates[name];
@@ -88,7 +101,7 @@ function evaluationsView() {
   })]);
   const counts = all.map((one) => `${one.episodes ?? "–"}${one.failed ? `, ${one.failed} failed` : ""}`);
   body.unshift(["episodes", ...counts]);
-  return el("section", { class: "card" }, table("Means over episodes that did not fail, with 95 % intervals", ["", ...all.map(title)], body, ["", ...all.map(() => "num")]));
+  return table("Means over episodes that did not fail, with 95 % intervals", ["", ...all.map(title)], body, ["", ...all.map(() => "num")]);
 }
 
 function budgetView() {
@@ -168,15 +181,16 @@ function keys(event) {
 }
 
 function head() {
-  const first = runs[0], name = runs.length === 1 ? first.name : plural(runs.length, "run");
-  const about = [...new Set(runs.map((run) => run.recipe && run.recipe + (run.version ? ` (echelon ${run.version})` : "")).filter(Boolean))].join(", ");
+  const first = runs[0], name = runs.length === 1 ? first.name : [data.folder, plural(runs.length, "run")].filter(Boolean).join(" · ");
+  const versions = [...new Set(runs.map((run) => run.version).filter(Boolean))];
+  const about = [[...new Set(runs.map((run) => run.recipe).filter(Boolean))].join(", "), versions.length ? `echelon ${versions.join(", ")}` : ""].filter(Boolean).join(" · ");
   const what = [...new Set(runs.map((run) => run.about.env || String(run.about["data.path"] || "").split("/").pop()).filter(Boolean))].slice(0, 2).join(", ");
   const steps = Math.max(...runs.map((run) => run.steps)), seconds = runs.reduce((sum, run) => sum + run.seconds, 0);
   document.title = `${name} · run report`;
   document.getElementById("title").textContent = name;
   document.getElementById("subtitle").textContent = [about, what, steps ? plural(steps, "step") : "", seconds ? `${duration(seconds)} of training` : ""].filter(Boolean).join(" · ");
   document.getElementById("footer").textContent = `Made ${data.made} by echelon ${data.version}. ${window.asking ? "It asks the server that it came from, on this machine, and nothing else." : "Nothing in this page asks the network for anything."} Curves are drawn by uPlot 1.6.32 (MIT licence, © Leon Sorokin).`;
-  const absent = { evaluations: !data.evaluations.length, episodes: !episodes.length, compare: !runs.some((_, place) => returning(place).length), curves: !runs.some((run) => run.steps), budget: !runs.some((run) => run.steps) };
+  const absent = { evaluations: !data.evaluations.length, episodes: !episodes.length, compare: !runs.some((_, place) => beforeAndAfter(place)), curves: !runs.some((run) => run.steps), budget: !runs.some((run) => run.steps) };
   const views = Object.entries(VIEWS).filter(([key]) => !absent[key]), nav = document.getElementById("nav");
   if (nav.children.length !== views.length) nav.replaceChildren(...views.map(([key, [text]]) => el("a", { href: `#${key}`, text })));
 }
