@@ -173,12 +173,12 @@ def weights_without_numbers() -> Iterator[None]:
     """Within, weights of new modules are put on the meta device one by one; buffers are computed as ever."""
     register = nn.Module.register_parameter
 
-    def without(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
-        if weight is not None and not weight.is_meta:
-            weight = nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
-        register(module, name, weight)
+    def without(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
 
-    nn.Module.register_parameter = without  # type: ignore[method-assign]
+    nn.Module.register_parameter = without  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -306,7 +306,7 @@ class Sharded:
         for mine, whole in self._pairs():
             if mine.is_meta and any(mine is own for own in part.parameters()):
                 there = nn.Parameter(self._given(whole).contiguous(), requires_grad=mine.requires_grad)
-                torch.utils.swap_tensors(mine, there)  # whoever shares this weight goes on sharing it
+                torch.utils.swap_tensors(mine, there)  # type: ignore[no-untyped-call] # who shares it goes on sharing it
 
     def _given(self, whole: Tensor) -> Tensor:
         """A whole weight on this rank's device: its own, or that of rank 0 where not all have it."""
