@@ -4,6 +4,8 @@ The pages stay plain Markdown that a code host shows. What a site needs besides 
 code, and links to source files, which become links to those pages.
 """
 
+import functools
+import inspect
 import sys
 from pathlib import Path
 
@@ -37,6 +39,9 @@ nitpick_ignore_regex = [
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "undoc-members": True, "ignore-module-all": True}
 autodoc_preserve_defaults = True
+autodoc_use_type_comments = False
+# Asked for again and again of the same things; where a class stands is found by parsing its whole file.
+inspect.findsource = functools.cache(inspect.findsource)
 python_use_unqualified_type_names = True
 toc_object_entries = False
 add_module_names = False
