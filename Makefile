@@ -1,7 +1,8 @@
 # make quickstart   install into .venv, then train, watch and replay a first two-level agent
 # make setup        .venv with everything that development needs
 # make check        style, types and the fast tests: before every commit
-# make test         all tests, those that train included
+# make test         all tests, those that train included; where there is no vLLM, its tests skip
+# make test-vllm    the tests of vLLM, in an environment that has it
 # make docs         these pages and the reference as a site in build/site
 # make browser      Chromium from npm into build/, for the tests that look at pages; not where one is installed
 # make clean        remove .venv and caches; runs/ stays
@@ -12,10 +13,12 @@ PYTHON ?= python3
 PIP_ARGS ?=
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+VLLM := .venv/vllm/bin
+INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python $(INSTALL)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help quickstart setup lint check test docs browser clean
+.PHONY: help quickstart setup lint check test test-vllm docs browser clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +39,10 @@ check: lint
 
 test: .venv/.dev
 	$(PYTEST) -m "not slow"
+
+# Whole files to a process, since the tests of one share an engine.
+test-vllm: .venv/.vllm
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -n 2 --dist loadfile -m "vllm and not slow"
 
 docs: .venv/.docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --fresh-env --quiet -d build/doctrees docs build/site
@@ -65,6 +72,20 @@ clean:
 
 .venv/.dev: .venv/.core
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+# An environment on top of .venv, which stays as it is: moviepy and vLLM do not agree on pillow. The builds of torchvision,
+# torchaudio and torchcodec that vLLM brings do not match the CPU build of torch, and with them transformers cannot be imported.
+.venv/.vllm: .venv/.dev
+	@echo "Installing vLLM into .venv/vllm."
+	$(BIN)/python -m venv .venv/vllm
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	  > $$($(VLLM)/python -c 'import site; print(site.getsitepackages()[0])')/below.pth
+	$(VLLM)/python $(INSTALL) --no-warn-conflicts --editable '.[vllm]' || { \
+	  echo "vLLM cannot be installed: it has wheels for Linux alone, and asks for the CPU build of torch in .venv."; \
+	  echo "CONTRIBUTING.md says how to install that. Everything else is tested without it: make test"; exit 1; }
+	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	VLLM_NO_USAGE_STATS=1 $(VLLM)/python -c 'import transformers, vllm'
 	@touch $@
 
 .venv/.docs: .venv/.core

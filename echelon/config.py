@@ -140,8 +140,8 @@ class RayConfig:
     """Engines in processes of their own, on this machine or on others, that draw for `sampler = ray`."""
 
     workers: int = 2
-    """How many there are, for each level that has weights of its own. On the command line, `--rollout-workers` says it
-    for all levels."""
+    """How many there are, for all levels whose settings of them are the same: each holds the models of all. On the
+    command line, `--rollout-workers` says it for all levels."""
     engine: Literal["local", "vllm"] = "local"
     """What each of them runs."""
     address: str = ""
@@ -167,6 +167,29 @@ class RayConfig:
 
 
 @dataclass(frozen=True)
+class ServerConfig:
+    """A running `vllm serve` that draws for `sampler = server`."""
+
+    url: str = ""
+    """Where it answers, such as http://node3:8000."""
+    folder: str = ""
+    """A folder that this process writes new weights to and the server reads them from, under the same name on both
+    machines. Each set is removed once the server has read it."""
+    timeout: float = 600.0
+    """Seconds within which it answers, or has read new weights."""
+    in_flight: int = 256
+    """Most requests that it is sent at once; more wait here."""
+
+    def __post_init__(self) -> None:
+        begins = not self.url or self.url.startswith(("http://", "https://"))
+        demand(self, "url", begins, "a server is asked over HTTP. Give one such as http://localhost:8000.")
+        because = "what is asked there is not below /v1. Leave that out."
+        demand(self, "url", not self.url.rstrip("/").endswith("/v1"), because)
+        demand(self, "timeout", 0 < self.timeout < math.inf, "an answer takes time. Give 600.")
+        demand(self, "in_flight", self.in_flight >= 1, "nothing could be asked. Give 256.")
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How completions are drawn for training: from the full distribution, so their log-probabilities are the policy's.
 
@@ -184,13 +207,20 @@ class SamplingConfig:
     """A completion ends as soon as its text contains one of these."""
     cache_tokens: int = 0
     """Most tokens whose keys and values the engine keeps; 0 takes what fits a quarter of the memory."""
-    sampler: Literal["local", "vllm", "ray"] = "local"
-    """Who draws: the engine that reads the weights as they learn; vLLM, which is given them after every step; or
-    engines in other processes, which Ray carries them to. On the command line, `--sampler` says it for all levels."""
+    sampler: Literal["local", "vllm", "ray", "server"] = "local"
+    """Who draws: the engine that reads the weights as they learn; vLLM, which is given them after every step; engines
+    in other processes, which Ray carries them to; or a vLLM server that runs elsewhere. On the command line,
+    `--sampler` says it for all levels."""
     sleep: bool = False
     """vLLM gives its memory on the accelerator back while weights learn."""
+    adapters: Literal["folded", "apart"] = "folded"
+    """What vLLM is given of a model with an adapter: whole weights, with the adapter folded into them; or, apart, the
+    weights below it once and after every step the adapter alone. Levels whose adapters are apart and on one base share
+    one vLLM."""
     ray: RayConfig = RayConfig()
     """Those other processes."""
+    server: ServerConfig = ServerConfig()
+    """That server."""
 
     def __post_init__(self) -> None:
         demand(self, "temperature", 0 < self.temperature < math.inf, "training draws at random. Give 1, or near it.")
@@ -198,11 +228,17 @@ class SamplingConfig:
         demand(self, "max_tokens", self.max_tokens >= 1, "a completion has at least one token. Give 1 or more.")
         demand(self, "max_prompt_tokens", self.max_prompt_tokens >= 1, "nothing could be asked. Give 1 or more.")
         demand(self, "stop", "" not in self.stop, "every text contains the empty text. Leave it out.")
-        by_vllm = self.sampler == "vllm" or (self.sampler == "ray" and self.ray.engine == "vllm")
+        by_vllm = self.sampler in ("vllm", "server") or (self.sampler == "ray" and self.ray.engine == "vllm")
         drawn = not by_vllm or 0.01 <= self.temperature <= 2
         demand(self, "temperature", drawn, "vLLM draws at 0.01 to 2. Give one of those, or use sampler = local.")
         because = "the local engine holds no memory of its own to give back. Use sampler = vllm, or leave it out."
         demand(self, "sleep", not self.sleep or self.sampler == "vllm", because)
+        if self.sampler == "server" and not self.server.url:
+            raise ConfigError("server.url is missing: nobody could be asked. Give one such as http://localhost:8000.")
+        if self.sampler == "server" and not self.server.folder:
+            raise ConfigError("server.folder is missing: no weights could reach it. Give one that both machines see.")
+        because = "only vLLM in this process takes an adapter by itself. Use sampler = vllm, or leave it out."
+        demand(self, "adapters", self.adapters == "folded" or self.sampler == "vllm", because)
 
 
 @dataclass(frozen=True)

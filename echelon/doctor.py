@@ -303,7 +303,8 @@ def _check_engines(blocks: Mapping[str, Any]) -> Iterator[Finding]:
     for name, block in blocks.items():
         drawn_by = getattr(block, "sampler", "local") if isinstance(block, SamplingConfig) or not name else "local"
         if drawn_by != "local":
-            yield _extra(f"{name}.sampler".lstrip("."), drawn_by)
+            extra = "endpoint" if drawn_by == "server" else drawn_by
+            yield _extra(f"{name}.sampler".lstrip("."), extra)
         if drawn_by == "ray" and block.ray.engine == "vllm":
             yield _extra(f"{name}.ray.engine", "vllm")
 

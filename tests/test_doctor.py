@@ -77,6 +77,12 @@ def test_words_that_name_no_recipe_are_no_finding(capsys: pytest.CaptureFixture[
         ("--model.device cuda", "model.device", "cuda: there is no GPU here.", "Set it to auto or cpu."),
         ("--sampler vllm", "sampling.sampler", "vllm is not installed.", "Run: pip install 'echelon[vllm]'"),
         ("--sampler ray", "sampling.sampler", "ray is not installed.", "Run: pip install 'echelon[ray]'"),
+        (
+            "--sampler server --sampling.server.url http://node:8000 --sampling.server.folder weights",
+            "sampling.sampler",
+            "httpx2 is not installed.",
+            "Run: pip install 'echelon[endpoint]'",
+        ),
         ("--policy.optim.name adamw_8bit", "policy.optim.name", "adamw_8bit: it needs a GPU", "Use adamw"),
         ("--model.attention flash_attention_2", "model.attention", "flash-attn is not installed.", "Use sdpa"),
         ("--reward math", "reward", "math_verify is not installed.", "Run: pip install 'echelon[math]'"),
@@ -85,7 +91,7 @@ def test_words_that_name_no_recipe_are_no_finding(capsys: pytest.CaptureFixture[
 def test_what_cannot_work_says_why_and_what_to_do(
     find: Find, model: Path, monkeypatch: pytest.MonkeyPatch, flags: str, name: str, says: str, fix: str
 ) -> None:
-    missing = ("vllm", "ray", "flash_attn", "math_verify")
+    missing = ("vllm", "ray", "httpx2", "flash_attn", "math_verify")
     there = doctor.importlib.util.find_spec
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name in missing else there(name))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -62,12 +62,16 @@ def load_lm(
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
     quantization: str = "none",
+    shapes_only: bool = False,
+    check: bool = True,
 ) -> nn.Module:
     """A causal language model ready to sample and train: dropout off, so that both see the same distribution.
 
     Of an adapter's folder it is the model that the adapter was made for, frozen, with the adapter, which goes on
     learning. With `gradient_checkpointing` each layer keeps its input only and is computed again for the gradient, in
-    training mode (`module.train()`).
+    training mode (`module.train()`). With `shapes_only` no weights are read: they are on the meta device, while buffers
+    are there; of an adapter's folder everything is read. Without `check` it may be on a device that cannot compute it,
+    and the caller asks `check_end_to_end`.
     """
     check_folder(path)
     if lora.is_adapter(path):
@@ -79,12 +83,21 @@ def load_lm(
             trust_remote_code=trust_remote_code,
             gradient_checkpointing=gradient_checkpointing,
             quantization=quantization,
+            check=check,
         )
-    module = _load_whole(
-        path, dtype=dtype, attention=attention, device=device, trust_remote_code=trust_remote_code, bits=quantization
-    )
-    if lays_end_to_end(module):
-        check_end_to_end(module)
+    if shapes_only:
+        module = _shapes(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+    else:
+        module = _load_whole(
+            path,
+            dtype=dtype,
+            attention=attention,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            bits=quantization,
+        )
+        if check and lays_end_to_end(module):
+            check_end_to_end(module)
     if gradient_checkpointing:
         enable_checkpointing(module)
     return module
@@ -133,6 +146,43 @@ def _load_whole(path: str, *, dtype: str, attention: str, device: str, trust_rem
     if not packed:
         module.to(place)
     return module.train()
+
+
+def _shapes(path: str, *, dtype: str, attention: str, trust_remote_code: bool) -> nn.Module:
+    """The same model without weights; its buffers are on the host."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        without_dropout(config)
+        with weights_without_numbers():
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+            )
+    except Exception as error:
+        raise DataError(f"no causal language model could be made as '{path}' says: {first_line(error)}") from error
+    module: nn.Module = model
+    return module.train()
+
+
+@contextmanager
+def weights_without_numbers() -> Iterator[None]:
+    """Within, weights of new modules are put on the meta device one by one; buffers are computed as ever."""
+    register = nn.Module.register_parameter
+
+    def without(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = without  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def quantized(bits: str, dtype: str, device: torch.device) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from echelon.config import LoraConfig
@@ -202,6 +202,25 @@ def off(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def has_learned(module: nn.Module, name: str) -> bool:
+    """Whether this adapter changes what the model says."""
+    adapted: Any = module.model if isinstance(module, AdapterView) else module
+    own = _tensors(adapted, name)
+    if any(bool(tensor.any()) for key, tensor in own.items() if "lora_B" in key or "lora_embedding_B" in key):
+        return True
+    parts: list[Any] = list(adapted.modules())
+    return any(
+        not one.equal(other)
+        for part in parts
+        if hasattr(part, "modules_to_save") and hasattr(part, "original_module")
+        for one, other in zip(
+            part.modules_to_save[name].state_dict().values(),
+            part.original_module.state_dict().values(),
+            strict=True,
+        )
+    )
+
+
 def keep_start(module: nn.Module) -> None:
     """Remember what a model with an adapter says now, for `as_it_began`.
 
@@ -210,7 +229,7 @@ def keep_start(module: nn.Module) -> None:
     """
     if isinstance(module, AdapterView):
         module.keep_start()
-    elif _has_learned(module, speaking(module)) and START not in names(module):
+    elif has_learned(module, speaking(module)) and START not in names(module):
         _twin(module, speaking(module), START, learns=False)
 
 
@@ -322,6 +341,43 @@ def save(module: nn.Module, folder: Path, *, name: str = "") -> None:
             lower.add_to(folder if adapter == DEFAULT else folder / adapter, layers)
 
 
+def write(module: nn.Module, name: str, folder: Path) -> None:
+    """One adapter alone, in the format of peft, for whoever holds the weights that are in memory below it here.
+
+    What was folded into those is not written again. The empty name is an adapter that changes nothing.
+    """
+    adapted: Any = module.model if isinstance(module, AdapterView) else module
+    own = name or next(iter(adapted.peft_config))
+    numbers = {key: tensor.detach().cpu().contiguous() for key, tensor in _tensors(adapted, own).items()}
+    if not name:
+        numbers = {key: torch.zeros_like(tensor) for key, tensor in numbers.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(numbers, folder / WEIGHTS)
+    adapted.peft_config[own].save_pretrained(str(folder))
+
+
+def widths(module: nn.Module) -> dict[str, int]:
+    """The rank of each adapter on a model, the largest where layers differ."""
+    adapted: Any = module.model if isinstance(module, AdapterView) else module
+    return {name: max([own.r, *(own.rank_pattern or {}).values()]) for name, own in adapted.peft_config.items()}
+
+
+def same_base(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models with adapters are the same below them, to the last bit."""
+    bases: list[Any] = [part.model if isinstance(part, AdapterView) else part for part in (one, other)]
+    if bases[0] is bases[1]:
+        return True
+    shapes = [{**base.config.to_dict(), "_name_or_path": ""} for base in bases]
+    if type(bases[0].get_base_model()) is not type(bases[1].get_base_model()) or shapes[0] != shapes[1]:
+        return False
+    with off(one), off(other):
+        mine, theirs = dict(merged_weights(one)), dict(merged_weights(other))
+    return mine.keys() == theirs.keys() and all(
+        weight.dtype == theirs[name].dtype and weight.device == theirs[name].device and weight.equal(theirs[name])
+        for name, weight in mine.items()
+    )
+
+
 def restore(module: nn.Module, folder: Path, *, name: str = "") -> None:
     """Put one saved adapter, or all of them, back into the model that has such adapters, every number as it was.
 
@@ -422,7 +478,7 @@ class AdapterView(nn.Module):
 
     def keep_start(self) -> None:
         """Remember what it says now, unless it is what the base says or is remembered already."""
-        if not self._start and _has_learned(self.model, self.adapter):
+        if not self._start and has_learned(self.model, self.adapter):
             self._start = (copy.deepcopy(self).requires_grad_(False).eval(),)
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -513,24 +569,6 @@ def _tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
 
     found: dict[str, Tensor] = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
     return found
-
-
-def _has_learned(module: nn.Module, name: str) -> bool:
-    """Whether this adapter changes what the model says."""
-    own = _tensors(module, name)
-    if any(bool(tensor.any()) for key, tensor in own.items() if "lora_B" in key or "lora_embedding_B" in key):
-        return True
-    parts: list[Any] = list(module.modules())
-    return any(
-        not one.equal(other)
-        for part in parts
-        if hasattr(part, "modules_to_save") and hasattr(part, "original_module")
-        for one, other in zip(
-            part.modules_to_save[name].state_dict().values(),
-            part.original_module.state_dict().values(),
-            strict=True,
-        )
-    )
 
 
 @contextmanager

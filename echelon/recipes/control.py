@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -34,6 +34,7 @@ from echelon.envs.gymnasium import PREFIX
 from echelon.errors import ConfigError
 from echelon.models.mlp import ValueMlp
 from echelon.ops.masked import explained_variance
+from echelon.rollout.ahead import Level, Played, Player, Rollouts, Run, check_ahead
 from echelon.rollout.control import (
     CONTROLLER,
     GOAL_END,
@@ -53,7 +54,7 @@ from echelon.rollout.control_prompts import prompt_settings
 from echelon.rollout.evaluate import rollout_metrics
 from echelon.rollout.learners import open_value
 from echelon.rollout.memory import Engine, Plan
-from echelon.rollout.rewards import open_rewards, open_tasks
+from echelon.rollout.rewards import Rewards, open_rewards, open_tasks
 from echelon.rollout.roles import Role, collect, decoders
 from echelon.rollout.setup import Actor, describe, model_path, open_actor, set_threads, task_batch
 from echelon.rollout.untrained import untrained
@@ -64,6 +65,7 @@ from echelon.train.clock import phase
 from echelon.train.learner import Learner, Weights
 from echelon.train.log import Log, episode_rows
 from echelon.train.policy import PolicyConfig, starting_policy, update_policy
+from echelon.train.stale import AsyncConfig
 from echelon.types import Episode, Turn
 
 
@@ -127,6 +129,8 @@ class Config(TaskConfig):
     """Which level learns, where there are two. The other still acts."""
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(epochs=2, minibatches=4))
     """How each level learns."""
+    asynchronous: AsyncConfig = field(default_factory=AsyncConfig)
+    """Playing the coming steps while one trains."""
     most_decisions: int = 0
     """Most decisions of a level that a step learns from, drawn at random; 0 takes all. Credit is assigned to all."""
     eval_every: int = 0
@@ -152,6 +156,8 @@ class Config(TaskConfig):
             demand(self, name, getattr(self, name) >= 0, "it is a count. Give 0 for none.")
         self._check_method()
         self._check_levels()
+        for model in (self.model, self.planner):
+            check_ahead(self, self.asynchronous, model, self.lora, self.sampling)
 
     def _check_method(self) -> None:
         grouped = self.method != "grpo" or self.group_size >= 2
@@ -181,40 +187,41 @@ def main(cfg: Config) -> None:
     env = open_tasks(cfg, levels.players.controller.renderer)
     rewards = open_rewards(cfg, device=cfg.model.device, tokens_per_pass=cfg.tokens_per_pass)
     set_threads(cfg.threads, levels.actors["actor"].module)
-    tasks = env.tasks("train")
-    critic = open_critic(cfg, levels, len(observed(env.make(tasks[0])))) if cfg.method == "ppo" else None
+    first = env.tasks("train")[0]
+    critic = open_critic(cfg, levels, len(observed(env.make(first)))) if cfg.method == "ppo" else None
     parts = levels.parts() if critic is None else {**levels.parts(), "value": critic.learner}
     if cfg.dry_run:
         modules = {name: actor.module for name, actor in levels.actors.items()}
         answers = cfg.tasks_per_step * cfg.group_size * cfg.max_turns
-        engines = {name: Engine(actor.sampler, cfg.sampling) for name, actor in levels.actors.items()}
+        ahead = cfg.asynchronous.max_staleness
+        engines = {name: Engine(actor.sampler, cfg.sampling, ahead) for name, actor in levels.actors.items()}
         return describe(
             modules if critic is None else {**modules, "value": critic.learner.module},
             tokens_per_step=answers * cfg.sampling.max_tokens,
             plan=Plan({**parts, **rewards.modules()}, cfg.dist, cfg.tokens_per_pass, engines),
         )
 
-    play = levels.players.play(env.make, max_turns=cfg.max_turns)
-    out = Path(cfg.out)
-    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    play = player(cfg, env, rewards, levels.players)
+    rollouts = Rollouts(cfg.asynchronous, levels.acting(cfg), play, steps=cfg.steps, read=Found.from_json)
+    out, parts = Path(cfg.out), parts | rollouts.parts()
+    checkpoints = Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume)
+    with checkpoints, rollouts:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
-        levels.publish()
+        rollouts.publish()
         if not cfg.resume:
             checkpoints.save(0, parts)
         with Log(out, total=cfg.steps, start=start, name="control", config=cfg.log, settings=cfg) as log:
             for step in range(start, cfg.steps):
                 seed = derive_seed(cfg.seed, step)
                 torch.manual_seed(seed)  # dropout, where an adapter has any
-                chosen = task_batch(tasks, step, cfg.tasks_per_step, seed=cfg.seed)
-                siblings, budget = cfg.group_size, cfg.error_budget
-                episodes = asyncio.run(collect(chosen, play, seed=seed, siblings=siblings, error_budget=budget))
-                given, seen = rewards.add(episodes), dist.union(levels.players.take())
+                found = rollouts.take(step)
+                episodes, given = found.episodes, found.metrics | rollouts.metrics()
 
-                judged = judge(cfg, levels, critic, episodes, seen)
+                judged = judge(cfg, levels, critic, episodes, found.seen)
                 learned = judged.metrics | fit(cfg, critic, judged, seed=seed)
                 if step >= cfg.warmup_steps:
-                    learned |= learn(cfg, levels, judged, seed=seed)
-                levels.publish()  # also while warming up: caches are forgotten, as a resumed run's would have been
+                    learned |= learn(cfg, levels, judged, rollouts, seed=seed)
+                rollouts.publish()  # also while warming up: caches are forgotten, as a resumed run's would have been
                 evaluated = evaluate(cfg, step, levels, env)
 
                 log.metrics(step, {**rollout_metrics(episodes), **given, **learned, **evaluated})
@@ -231,6 +238,39 @@ def asked_as_learned(cfg: Config) -> Config:
         return cfg
     written = prompt_settings(cfg.env, cfg.env_settings, folder=model_path(cfg.model.path))
     return replace(cfg, env_settings=written)
+
+
+@dataclass(slots=True)
+class Found(Played):
+    """What a step has played, and what was seen in its episodes, by the seed of each."""
+
+    seen: dict[int, Seen] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON types."""
+        return {**Played.to_json(self), "seen": {seed: seen.to_json() for seed, seen in self.seen.items()}}
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Found:
+        """What `to_json` made this of."""
+        played = Played.from_json(saved)
+        seen = {int(seed): Seen.from_json(each) for seed, each in saved["seen"].items()}
+        return cls(played.episodes, played.metrics, seen)
+
+
+def player(cfg: Config, env: EnvSpec, rewards: Rewards, players: Controllers) -> Player[Found]:
+    """Plays the episodes of a step, and has them judged."""
+    tasks = env.tasks("train")
+
+    def play(roles: Mapping[str, Role], step: int, run: Run) -> Found:
+        acting = players.through({name: role.sampler for name, role in roles.items()})
+        loop, seed = acting.play(env.make, max_turns=cfg.max_turns), derive_seed(cfg.seed, step)
+        chosen = task_batch(tasks, step, cfg.tasks_per_step, seed=cfg.seed)
+        siblings, budget = cfg.group_size, cfg.error_budget
+        episodes = run(collect(chosen, loop, seed=seed, siblings=siblings, error_budget=budget))
+        return Found(episodes, rewards.add(episodes), dist.union(acting.take()))
+
+    return play
 
 
 @dataclass(slots=True)
@@ -251,6 +291,11 @@ class Levels:
             if reference is not None and reference is not self.actors[name].module:
                 parts[f"{name}_reference" if len(self.actors) > 1 else "reference"] = Weights(reference)
         return parts
+
+    def acting(self, cfg: Config) -> dict[str, Level]:
+        """The roles that act with weights of their own."""
+        roles = {"actor": CONTROLLER, "planner": PLANNER}
+        return {roles[part]: Level(actor, self.learners[part], cfg.sampling) for part, actor in self.actors.items()}
 
     def publish(self) -> None:
         """Give the engines the weights of now."""
@@ -276,6 +321,8 @@ def evaluate(cfg: Config, step: int, levels: Levels, env: EnvSpec) -> dict[str, 
     if not cfg.eval_every or not (step + 1 == cfg.steps or (step + 1) % cfg.eval_every == 0):
         return {}
     players, tasks = levels.players.greedy(), env.tasks("test")
+    if cfg.asynchronous.max_staleness:
+        levels.publish()  # what plays ahead are others
     chosen = [tasks[place % len(tasks)] for place in range(cfg.eval_episodes)]
     play, seed = players.play(env.make, max_turns=cfg.max_turns), derive_seed(cfg.seed, "evaluation")
     episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
@@ -294,7 +341,9 @@ def open_both(cfg: Config) -> Levels:
     if cfg.plan_every:
         above = controller
         if cfg.planner.path:
-            above = actors["planner"] = open_actor(cfg.planner, cfg.sampling, lora=cfg.lora, name=PLANNER)
+            beside = controller.sampler
+            above = open_actor(cfg.planner, cfg.sampling, lora=cfg.lora, name=PLANNER, beside=beside)
+            actors["planner"] = above
         params = replace(above.role.params, max_tokens=cfg.plan_tokens, stop=(GOAL_END,))
         planner = Role(PLANNER, above.sampler, above.role.renderer, params)
     updates = max(0, cfg.steps - cfg.warmup_steps) * cfg.policy.epochs * cfg.policy.minibatches
@@ -391,7 +440,7 @@ def fit(cfg: Config, critic: Critic | None, judged: Judged, *, seed: int) -> dic
     return critic.fit(chosen, returns, seed=seed)
 
 
-def learn(cfg: Config, levels: Levels, judged: Judged, *, seed: int) -> dict[str, float]:
+def learn(cfg: Config, levels: Levels, judged: Judged, rollouts: Rollouts[Found], *, seed: int) -> dict[str, float]:
     """The optimizer steps of every set of weights that learns, on the decisions of the roles that speak with it."""
     logged: dict[str, float] = {}
     for part, roles in levels.speakers(cfg).items():
@@ -412,6 +461,7 @@ def learn(cfg: Config, levels: Levels, judged: Judged, *, seed: int) -> dict[str
             temperature=cfg.sampling.temperature,
             tokens_per_pass=cfg.tokens_per_pass,
             seed=derive_seed(seed, part),
+            stale=rollouts.stale(CONTROLLER if part == "actor" else PLANNER),
         )
         logged |= learned if part == "actor" else {f"{part}/{name[7:]}": number for name, number in learned.items()}
     return logged

@@ -23,11 +23,11 @@ from echelon.config import SamplingConfig, demand
 from echelon.data.datasets import load_rows
 from echelon.data.pairs import Pair, Pairs, pack_pairs, passes, render_pairs
 from echelon.errors import CheckpointError, DataError
-from echelon.models.lm import load_tokenizer, shares_prompts, token_logprobs
+from echelon.models.lm import check_end_to_end, lays_end_to_end, load_tokenizer, shares_prompts, token_logprobs
 from echelon.ops import losses, preference
 from echelon.rollout.evaluate import bootstrap
 from echelon.rollout.memory import Plan
-from echelon.rollout.setup import Actor, describe, model_path, open_actor, set_threads
+from echelon.rollout.setup import Pupil, describe, model_path, open_actor, open_pupil, set_threads
 from echelon.train.fit import StageConfig, fit, total_steps
 from echelon.train.learner import Learner
 
@@ -68,21 +68,23 @@ class Config(StageConfig):
 
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, the best policy on held-out pairs, and metrics.jsonl."""
-    actor = open_actor(cfg.model, SamplingConfig(max_prompt_tokens=cfg.max_tokens), lora=cfg.lora, plain_template=True)
+    actor = open_pupil(cfg.model, lora=cfg.lora, max_tokens=cfg.max_tokens, settings=cfg.dist)
     set_threads(cfg.threads, actor.module)
     data = load_rows(cfg.data, "preference", seed=cfg.seed)
     render = partial(render_pairs, max_tokens=cfg.max_tokens, drop=cfg.too_long == "drop")
-    train, notes = render(actor.role.renderer, data.train)
-    held_out, more_notes = render(actor.role.renderer, data.held_out)
-    share = shares_prompts(actor.module)
-    steps = total_steps(cfg, len(train))
-    learner = Learner(actor.module, cfg.optim, total_steps=steps, name="actor", tokenizer=actor.tokenizer)
+    train, notes = render(actor.renderer, data.train)
+    held_out, more_notes = render(actor.renderer, data.held_out)
+    steps, kept = total_steps(cfg, len(train)), {"name": "actor", "tokenizer": actor.tokenizer}
+    learner = Learner(actor.module, cfg.optim, total_steps=steps, resident=False, place=actor.place, **kept)
+    if lays_end_to_end(actor.module):
+        learner.read(check_end_to_end)
+    share = learner.read(shares_prompts)
     if cfg.dry_run:
         plan = Plan({"actor": learner}, cfg.dist, cfg.tokens_per_pass)
         return describe({"actor": actor.module}, tokens_per_step=2 * cfg.rows_per_step * cfg.max_tokens, plan=plan)
     if cfg.reference and not cfg.resume:  # its log-probs are in the checkpoints
         check_words(cfg, actor)
-    reference = Reference(lambda: refer(cfg, actor, {"train": train, "held_out": held_out}, share=share))
+    reference = Reference(lambda: refer(cfg, learner, {"train": train, "held_out": held_out}, share=share))
     fit(
         cfg,
         learner=learner,
@@ -147,11 +149,10 @@ def evaluate(
     learner: Learner, rows: Sequence[Pair], reference: Reference, *, share: bool, cfg: Config
 ) -> dict[str, float]:
     """The loss of held-out pairs, and how often the chosen answer has the higher implicit reward."""
-    learner.module.eval()
     found: dict[str, Tensor] = {}
     for numbers, pairs in passes(rows, cfg.tokens_per_pass, share=share):
         referred = replace(pairs, reference_P2=reference.logprobs["held_out"][numbers])
-        loss_P, stats = pair_losses(learner.module, referred.to(learner.device), cfg)
+        loss_P, stats = learner.read(pair_losses, referred.to(learner.device), cfg)
         for name, value_P in {"loss": loss_P, **stats}.items():
             found.setdefault(name, torch.zeros(len(rows)))[numbers] = value_P.cpu()
     accuracy = bootstrap(found["accuracy"].tolist(), seed=cfg.seed)
@@ -176,6 +177,11 @@ class Reference:
         """All of them."""
         save_file(self.logprobs, folder / "logprobs.safetensors")
 
+    def attend(self, folder: Path) -> list[Path]:
+        """All ranks compute them at once, where ranks hold parts of the model; none but the one that saves writes."""
+        assert self.logprobs
+        return []
+
     def load(self, folder: Path) -> None:
         """As they were saved: by now the model says something else."""
         try:
@@ -187,7 +193,7 @@ class Reference:
             ) from error
 
 
-def check_words(cfg: Config, actor: Actor) -> None:
+def check_words(cfg: Config, actor: Pupil) -> None:
     """Raise DataError, before anything is written, for a reference that is not there or reads other tokens."""
     if load_tokenizer(model_path(cfg.reference)).get_vocab() != actor.tokenizer.get_vocab():
         raise DataError(
@@ -197,18 +203,16 @@ def check_words(cfg: Config, actor: Actor) -> None:
 
 
 @torch.no_grad()
-def refer(cfg: Config, actor: Actor, rows: dict[str, list[Pair]], *, share: bool) -> dict[str, Tensor]:
+def refer(cfg: Config, learner: Learner, rows: dict[str, list[Pair]], *, share: bool) -> dict[str, Tensor]:
     """log π_ref of every answer: of the model as it is now, or of another one, which is dropped afterwards."""
     if cfg.reference_free:
         return {name: torch.zeros(len(pairs), 2) for name, pairs in rows.items()}
-    module = actor.module
+    ask, device = partial(learner.read, answer_logprobs), learner.device
     if cfg.reference:
-        other = open_actor(replace(cfg.model, path=cfg.reference), SamplingConfig(), plain_template=True)
-        module = other.module
-    module.eval()
-    device = next(module.parameters()).device
+        other = open_actor(replace(cfg.model, path=cfg.reference), SamplingConfig(), plain_template=True).module.eval()
+        ask, device = partial(answer_logprobs, other), next(other.parameters()).device
     found = {name: torch.zeros(len(pairs), 2) for name, pairs in rows.items()}
     for name, pairs in rows.items():
         for numbers, some in passes(pairs, cfg.tokens_per_pass, share=share):
-            found[name][numbers] = answer_logprobs(module, some.to(device))[0].cpu()
+            found[name][numbers] = ask(some.to(device))[0].cpu()
     return found

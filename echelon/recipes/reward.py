@@ -60,7 +60,7 @@ def main(cfg: Config) -> None:
     held_out, more_notes = render(data.held_out)
     share, scores = answers_share(module), Scores(tokenizer)
     steps = total_steps(cfg, len(train))
-    learner = Learner(module, cfg.optim, total_steps=steps, name="reward", tokenizer=scores)
+    learner = Learner(module, cfg.optim, total_steps=steps, name="reward", tokenizer=scores, resident=False)
     if cfg.dry_run:
         plan = Plan({"reward": learner}, cfg.dist, cfg.tokens_per_pass)
         return describe({"reward": module}, tokens_per_step=2 * cfg.rows_per_step * cfg.max_tokens, plan=plan)
@@ -108,10 +108,9 @@ def loss_fn(
 @torch.no_grad()
 def evaluate(learner: Learner, rows: Sequence[Pair], scores: Scores, *, share: bool, cfg: Config) -> dict[str, float]:
     """How often, how surely and how rightly the chosen answer of held-out pairs scores higher; `scores` is told."""
-    learner.module.eval()
     chosen_P, rejected_P = torch.zeros(len(rows)), torch.zeros(len(rows))
     for numbers, pairs in passes(rows, cfg.tokens_per_pass, share=share):
-        chosen, rejected = _scored(learner.module, pairs.to(learner.device))
+        chosen, rejected = learner.read(_scored, pairs.to(learner.device))
         chosen_P[numbers], rejected_P[numbers] = chosen.cpu(), rejected.cpu()
     margins_P = cfg.margin * torch.tensor([pair.margin for pair in rows])
     accuracy = bootstrap(preference.agreement(chosen_P, rejected_P).tolist(), seed=cfg.seed)

@@ -11,19 +11,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from echelon.config import SamplingConfig
 from echelon.data.conversations import imitated
 from echelon.data.datasets import Sft, load_rows
 from echelon.data.packing import Batch, group_rows, pack, pack_documents
 from echelon.errors import DataError
-from echelon.models.lm import check_masks, lays_end_to_end, token_logprobs
+from echelon.models.lm import check_end_to_end, check_masks, lays_end_to_end, token_logprobs
 from echelon.ops import losses
 from echelon.rollout.memory import Plan
-from echelon.rollout.setup import Actor, describe, open_actor, set_threads
+from echelon.rollout.setup import Pupil, describe, open_pupil, set_threads
 from echelon.rollout.untrained import untrained
 from echelon.text.chat import Example
 from echelon.train.fit import StageConfig, fit, total_steps
@@ -48,15 +47,14 @@ class Config(StageConfig):
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, the best weights on held-out rows, and metrics.jsonl."""
     data, notes = load_rows(cfg.data, "sft", seed=cfg.seed), list[str]()
-    actor = open_learner(cfg, data.train)
+    actor = open_start(cfg, data.train)
     set_threads(cfg.threads, actor.module)
     train = tokenised(data.train, actor, cfg, notes)
     held_out = tokenised(data.held_out, actor, cfg, notes, what="held-out conversations")
-    lay_out = layout(cfg, actor.module)
     steps = total_steps(cfg, len(train))
-    learner = Learner(
-        actor.module, cfg.optim, total_steps=steps, name="actor", tokenizer=actor.tokenizer, resident=False
-    )
+    kept = {"name": "actor", "tokenizer": actor.tokenizer}
+    learner = Learner(actor.module, cfg.optim, total_steps=steps, resident=False, place=actor.place, **kept)
+    lay_out = layout(cfg, learner)
     if cfg.dry_run:
         print(*notes, sep="\n", end="\n" if notes else "")
         plan = Plan({"actor": learner}, cfg.dist, cfg.tokens_per_pass)
@@ -74,14 +72,14 @@ def main(cfg: Config) -> None:
     )
 
 
-def open_learner(cfg: Config, rows: Sequence[Sft]) -> Actor:
+def open_start(cfg: Config, rows: Sequence[Sft]) -> Pupil:
     """The model as it starts."""
-    sampling = SamplingConfig(max_prompt_tokens=cfg.max_tokens)
+    how: dict[str, Any] = {"lora": cfg.lora, "max_tokens": cfg.max_tokens, "settings": cfg.dist}
     if not cfg.untrained:
-        return open_actor(cfg.model, sampling, lora=cfg.lora, plain_template=True)
+        return open_pupil(cfg.model, **how)
     texts = ["".join(message["content"] for message in row.messages) + row.completion for row in rows]
     with untrained(cfg.model, seed=cfg.seed, texts=texts) as model:
-        return open_actor(model, sampling, lora=cfg.lora, plain_template=True)
+        return open_pupil(model, **how)
 
 
 def loss_fn(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -105,28 +103,31 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def layout(cfg: Config, module: nn.Module) -> Callable[[list[Example]], Batch]:
+def layout(cfg: Config, learner: Learner) -> Callable[[list[Example]], Batch]:
     """How conversations become rows. Raises DataError for a model that cannot keep those of one row apart."""
-    if not cfg.packing or lays_end_to_end(module):  # flash attention computes no padding, so there is nothing to gain
+    if lays_end_to_end(learner.module):
+        learner.read(check_end_to_end)
+        return pack  # nothing is computed of padding, so there is nothing to gain
+    if not cfg.packing:
         return pack
     try:
-        check_masks(module)
+        learner.read(check_masks)
     except DataError as error:
         raise DataError(
-            f"packing = true: {type(module).__name__} cannot be told by masks and positions which tokens see which, so "
-            "conversations in one row would read each other. Leave packing out, or use another architecture."
+            f"packing = true: {type(learner.module).__name__} cannot be told by masks and positions which tokens see "
+            "which, so conversations in one row would read each other. Leave packing out, or use another architecture."
         ) from error
     return partial(pack_documents, max_tokens=cfg.max_tokens)
 
 
 def tokenised(
-    rows: Sequence[Sft], actor: Actor, cfg: Config, notes: list[str], *, what: str = "conversations"
+    rows: Sequence[Sft], actor: Pupil, cfg: Config, notes: list[str], *, what: str = "conversations"
 ) -> list[list[Example]]:
     """What is seen and said in each conversation, none longer than `max_tokens`; what had to be done goes to `notes`.
 
     Raises DataError for one that is too long, if `too_long` says so, and if none is left.
     """
-    documents = [imitated(actor.role.renderer, row) for row in rows]
+    documents = [imitated(actor.renderer, row) for row in rows]
     if too_long := [document for document in documents if length(document) > cfg.max_tokens]:
         where = ", ".join(cfg.data.path)
         many = f"{len(too_long)} of {len(rows)} {what} are longer than max_tokens = {cfg.max_tokens}"

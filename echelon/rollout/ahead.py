@@ -260,7 +260,7 @@ def check_ahead(
 ) -> None:
     """Raise ConfigError where steps cannot be played ahead: for `__post_init__` of a recipe with `asynchronous`."""
     in_turn, name = not settings.max_staleness, "asynchronous.max_staleness"
-    because = "what plays is a copy of the weights, and weights of few bits are not copied. Leave model.quantization."
+    because = "what plays is a copy of the weights, and weights of few bits are not copied. Leave quantization out."
     demand(config, name, in_turn or model.quantization == "none", because)
     because = "vLLM would disturb what lora.dropout draws meanwhile. Set it to 0, or use --sampler local."
     demand(config, name, in_turn or sampling.sampler != "vllm" or not lora.dropout, because)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from echelon.envs._shared import settle
 from echelon.ops import credit
 from echelon.rollout.plays import paid_step
 from echelon.rollout.roles import Role
-from echelon.types import Env, Episode, Message, Play, Step, Task, Turn
+from echelon.types import Env, Episode, Message, Play, Sampler, Step, Task, Turn
 
 Observation: TypeAlias = NDArray[np.float32]
 
@@ -38,6 +38,15 @@ class Seen:
     """The observation each turn answered, turn by turn, and the one after the last."""
     steps: list[int] = field(default_factory=list)
     """How many steps of the environment each turn took: 1, or 0 for a plan and for an action that was asked again."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON types."""
+        return {"observations": [each.tolist() for each in self.observations], "steps": self.steps}
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Seen:
+        """What `to_json` made this of."""
+        return cls([np.asarray(each, dtype=np.float32) for each in saved["observations"]], saved["steps"])
 
 
 class Controllers:
@@ -61,12 +70,18 @@ class Controllers:
 
     def greedy(self) -> Controllers:
         """The same levels at temperature 0."""
-        controller, planner = (
-            role and Role(role.name, role.sampler, role.renderer, replace(role.params, temperature=0.0))
-            for role in (self.controller, self.planner)
+        return self._other(
+            lambda role: Role(role.name, role.sampler, role.renderer, replace(role.params, temperature=0.0))
         )
-        assert controller is not None
-        return Controllers(controller, planner, plan_every=self.plan_every, question=self.question)
+
+    def through(self, samplers: Mapping[str, Sampler]) -> Controllers:
+        """The same levels by other samplers; a planner that has none there speaks with the controller's."""
+        own = samplers[CONTROLLER]
+        return self._other(lambda role: Role(role.name, samplers.get(role.name, own), role.renderer, role.params))
+
+    def _other(self, way: Callable[[Role], Role]) -> Controllers:
+        planner = None if self.planner is None else way(self.planner)
+        return Controllers(way(self.controller), planner, plan_every=self.plan_every, question=self.question)
 
     def take(self) -> dict[int, Seen]:
         """What was seen in the episodes since the last call, by the seed of each."""

@@ -29,7 +29,7 @@ from echelon.sampling.choices import Pick, RandomStrategist, Strategist, option_
 from echelon.text.chat import Renderer
 from echelon.text.dialogue import INVENTORIES, Inventory
 from echelon.train.learner import load_module, save_module
-from echelon.types import SamplingParams
+from echelon.types import Sampler, SamplingParams
 
 
 @dataclass(slots=True)
@@ -135,7 +135,11 @@ def open_views(
                 f"lora.rank = 0: {role}.path = {model.path} is no adapter, and where levels share a model each learns "
                 "in one. Give lora.rank, such as 16."
             )
-    return {role: _actor(AdapterView(base, role), model.path, role, sampling[role]) for role, model in models.items()}
+    actors: dict[str, Actor] = {}
+    for role, model in models.items():
+        beside = next((actor.sampler for actor in actors.values()), None)
+        actors[role] = _actor(AdapterView(base, role), model.path, role, sampling[role], beside)
+    return actors
 
 
 def _base_of(path: str) -> str:
@@ -148,10 +152,10 @@ def _loading(model: ModelConfig) -> dict[str, Any]:
     return {name: getattr(model, name) for name in names}
 
 
-def _actor(view: AdapterView, path: str, name: str, sampling: SamplingConfig) -> Actor:
+def _actor(view: AdapterView, path: str, name: str, sampling: SamplingConfig, beside: Sampler | None) -> Actor:
     tokenizer = load_tokenizer(path)
     renderer = Renderer(tokenizer, max_tokens=sampling.max_prompt_tokens)
-    sampler = open_sampler(view, tokenizer, sampling)
+    sampler = open_sampler(view, tokenizer, sampling, beside=beside)
     params = SamplingParams(max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop)
     return Actor(view, tokenizer, sampler, Role(name, sampler, renderer, params))
 

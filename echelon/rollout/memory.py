@@ -15,9 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from echelon.config import DistConfig, SamplingConfig
+from echelon.models.lora import AdapterView
 from echelon.ops.vocabulary import LOGITS_KEPT, LOGITS_PER_BLOCK
 from echelon.sampling.cache import bytes_per_key
 from echelon.sampling.ray import RaySampler
+from echelon.sampling.served import ServedSampler
 from echelon.sampling.vllm import VllmSampler
 from echelon.train import dist
 from echelon.train.learner import Learner
@@ -90,7 +92,7 @@ def needs(plan: Plan, ranks: int, *, tokens_per_step: int) -> Bytes:
             held = {"weights": _size(_fresh(_tensors(part), seen))}
         found |= {f"{name}: {what}": size for what, size in held.items() if size}
     found["activations of a pass"] = max(passes, default=0)
-    for name, engine in plan.engines.items():
+    for name, engine in _own_engines(plan.engines).items():
         found |= {f"{name}: {what}": size for what, size in _engine(engine, tokens_per_step, ranks).items()}
     return found
 
@@ -159,12 +161,13 @@ def _row_and_column_sums(shape: Sequence[int]) -> int:
 
 def _engine(engine: Engine, tokens_per_step: int, ranks: int) -> Bytes:
     """What a sampler takes: keys and values of all that is read and said in a step, at most its budget; and the copies
-    of the weights that vLLM and rollouts ahead hold. What Ray's workers take lies with them."""
-    if isinstance(engine.sampler, RaySampler):
+    of the weights that vLLM and rollouts ahead hold. What Ray's workers and servers take lies with them."""
+    if isinstance(engine.sampler, RaySampler | ServedSampler):
         return {}
     module: Any = engine.sampler.module  # type: ignore[attr-defined]
     budget: int = engine.sampler.cache_tokens  # type: ignore[attr-defined]
     own = isinstance(engine.sampler, VllmSampler)
+    whole = module.model if isinstance(module, AdapterView) else module
     answers = -(-tokens_per_step // engine.sampling.max_tokens // ranks)
     longest = engine.sampling.max_prompt_tokens + engine.sampling.max_tokens
     tokens = budget if own else min(budget, 2 * answers * longest)  # a place has up to twice the room it needs
@@ -173,7 +176,19 @@ def _engine(engine: Engine, tokens_per_step: int, ranks: int) -> Bytes:
     per_token = config.num_hidden_layers * bytes_per_key(config, weight.element_size())
     copies = max(engine.ahead, own)
     held = {"keys and values, at most": max(1, engine.ahead) * tokens * per_token}
-    return {**held, "copies that play": copies * _size(module.parameters())} if copies else held
+    return {**held, "copies that play": copies * _size(whole.parameters())} if copies else held
+
+
+def _own_engines(engines: Mapping[str, Engine]) -> dict[str, Engine]:
+    """Those that take memory of their own: levels may ask one vLLM."""
+    seen: set[int] = set()
+    found: dict[str, Engine] = {}
+    for name, engine in engines.items():
+        shared = id(engine.sampler.engine) if isinstance(engine.sampler, VllmSampler) else 0
+        if shared not in seen or not shared:
+            found[name] = engine
+        seen.add(shared)
+    return found
 
 
 def _transformer(module: nn.Module) -> Any:

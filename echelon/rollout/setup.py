@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from echelon.config import LoraConfig, ModelConfig, SamplingConfig
+from echelon.config import DistConfig, LoraConfig, ModelConfig, SamplingConfig
 from echelon.envs import EnvSpec, check_env, load_env
 from echelon.errors import CheckpointError
 from echelon.models import lora as adapters
-from echelon.models.lm import check_vocabulary, count_parameters, load_lm, load_tokenizer
+from echelon.models.lm import check_vocabulary, count_parameters, load_lm, load_tokenizer, pick_device
 from echelon.rollout.memory import Plan, table
 from echelon.rollout.roles import Role
 from echelon.sampling.local import LocalSampler
 from echelon.sampling.ray import RaySampler
+from echelon.sampling.served import ServedSampler
 from echelon.sampling.vllm import VllmSampler
 from echelon.seeds import derive_seed
 from echelon.text.chat import Renderer, set_up_template
@@ -44,6 +45,17 @@ class Actor:
     role: Role
 
 
+@dataclass(slots=True)
+class Pupil:
+    """A language model that learns from rows, and of which nothing is sampled."""
+
+    module: nn.Module
+    tokenizer: Any
+    renderer: Renderer
+    place: torch.device
+    """Where it computes; where ranks hold parts, the module itself waits on the host."""
+
+
 def open_env(name: str, settings: Mapping[str, Any], *, trust_code: bool = False) -> EnvSpec:
     """The environment, checked by playing a few episodes, so that its defects show before any training.
 
@@ -62,18 +74,51 @@ def open_actor(
     name: str = "actor",
     params: SamplingParams | None = None,
     plain_template: bool = False,
+    beside: Sampler | None = None,
 ) -> Actor:
     """Load a model and give it a role. The path may be a model folder, a hub id, a run directory or a checkpoint.
 
     With `lora.rank` only an adapter learns, a new one; on the folder of an adapter, that one is folded into the
     weights first. Without, the adapter of such a folder goes on learning. `plain_template` gives a tokenizer that has
-    no chat template the plain one (`set_up_template`).
+    no chat template the plain one (`set_up_template`). `beside` is the engine of another level (`open_sampler`).
     """
     path = model_path(model.path)
+    tokenizer = _open_tokenizer(path, plain_template=plain_template)
+    renderer = Renderer(tokenizer, max_tokens=sampling.max_prompt_tokens)
+    module = _open_module(model, path, tokenizer, lora)
+    params = params or SamplingParams(
+        max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop
+    )
+    sampler = open_sampler(module, tokenizer, sampling, max_tokens=params.max_tokens, beside=beside)
+    return Actor(module, tokenizer, sampler, Role(name, sampler, renderer, params))
+
+
+def open_pupil(model: ModelConfig, *, lora: LoraConfig, max_tokens: int, settings: DistConfig) -> Pupil:
+    """Load a model that nobody reads but its learner, which must not be resident; its tokenizer may lack a template.
+    Whether it keeps rows that are laid end to end apart has not been checked.
+
+    Where ranks will hold parts of it, rank 0 alone reads the weights, to its host; the others have shapes until they
+    are given their parts. Of an adapter's folder all ranks read everything.
+    """
+    path, ranks = model_path(model.path), dist.ranks()
+    tokenizer = _open_tokenizer(path, plain_template=True)
+    place = pick_device(model.device)
+    cut = ranks is not None and settings.strategy == "fsdp"
+    empty = cut and not dist.writes() and not adapters.is_adapter(path)
+    start = replace(model, device="cpu") if cut else model
+    module = _open_module(start, path, tokenizer, lora, shapes_only=empty, check=False)
+    return Pupil(module, tokenizer, Renderer(tokenizer, max_tokens=max_tokens), place)
+
+
+def _open_tokenizer(path: str, *, plain_template: bool) -> Any:
     tokenizer = load_tokenizer(path)
     if plain_template and set_up_template(tokenizer):
         print(f"{path} has no chat template: it is given one with Question: and Answer:", file=sys.stderr)
-    renderer = Renderer(tokenizer, max_tokens=sampling.max_prompt_tokens)
+    return tokenizer
+
+
+def _open_module(model: ModelConfig, path: str, tokenizer: Any, lora: LoraConfig, **how: bool) -> nn.Module:
+    """The model of a folder, with a new adapter where one is wanted."""
     module = load_lm(
         path,
         dtype=model.dtype,
@@ -82,26 +127,38 @@ def open_actor(
         trust_remote_code=model.trust_remote_code,
         gradient_checkpointing=model.gradient_checkpointing,
         quantization=model.quantization,
+        **how,
     )
     check_vocabulary(path, module, tokenizer)
-    if lora.rank:
-        module = adapters.attach(adapters.fold(module, path), lora)
-    params = params or SamplingParams(
-        max_tokens=sampling.max_tokens, temperature=sampling.temperature, stop=sampling.stop
-    )
-    sampler = open_sampler(module, tokenizer, sampling, max_tokens=params.max_tokens)
-    return Actor(module, tokenizer, sampler, Role(name, sampler, renderer, params))
+    return adapters.attach(adapters.fold(module, path), lora) if lora.rank else module
 
 
-def open_sampler(module: nn.Module, tokenizer: Any, sampling: SamplingConfig, *, max_tokens: int = 0) -> Sampler:
-    """The engine that the settings name. Answers have up to `sampling.max_tokens` tokens, or `max_tokens` if more."""
+def open_sampler(
+    module: nn.Module,
+    tokenizer: Any,
+    sampling: SamplingConfig,
+    *,
+    max_tokens: int = 0,
+    beside: Sampler | None = None,
+) -> Sampler:
+    """The engine that the settings name. Answers have up to `sampling.max_tokens` tokens, or `max_tokens` if more.
+
+    `beside` is the engine of another level: where both hand vLLM their adapters apart, and these are on the same base,
+    they ask the same vLLM.
+    """
     kept = sampling.cache_tokens or None
     if sampling.sampler == "local":
         return LocalSampler(module, tokenizer, cache_tokens=kept)
     longest = sampling.max_prompt_tokens + max(sampling.max_tokens, max_tokens)
     if sampling.sampler == "ray":
         return RaySampler(module, tokenizer, sampling.ray, longest=longest, cache_tokens=kept)
-    return VllmSampler(module, tokenizer, longest=longest, cache_tokens=kept, sleep=sampling.sleep)
+    if sampling.sampler == "server":
+        return ServedSampler(module, tokenizer, sampling.server, longest=longest)
+    apart = sampling.adapters == "apart"
+    shared = beside if apart and isinstance(beside, VllmSampler) and beside.shares(module) else None
+    return VllmSampler(
+        module, tokenizer, longest=longest, cache_tokens=kept, sleep=sampling.sleep, apart=apart, beside=shared
+    )
 
 
 def open_copy(actor: Actor, sampling: SamplingConfig) -> Role:

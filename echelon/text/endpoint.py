@@ -164,7 +164,7 @@ class Endpoint:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = http.Timeout(self.timeout, connect=min(self.connect, self.timeout))
         try:
-            async with asyncio.timeout(self.timeout), http.AsyncClient(verify=_trust(), timeout=limits) as client:
+            async with asyncio.timeout(self.timeout), http.AsyncClient(verify=trust(), timeout=limits) as client:
                 response = await client.post(f"{self.url.rstrip('/')}/chat/completions", json=body, headers=headers)
         except http.ConnectTimeout:
             raise _Again(f"no connection within {limits.connect:g} seconds") from None
@@ -247,7 +247,7 @@ def _usage(said: Mapping[str, Any]) -> dict[str, int]:
 
 
 @cache
-def _trust() -> Any:
+def trust() -> Any:
     """The certificates we trust: read once, since reading them takes longer than most requests."""
     return need("httpx2", "endpoint").create_ssl_context()
 

@@ -63,18 +63,17 @@ class Saveable(Protocol):
 
 @runtime_checkable
 class Attends(Protocol):
-    """A part that ranks hold in pieces: those that do not save must be there when it is saved."""
+    """A part that ranks may hold in pieces: those that do not save it must be there when it is saved."""
 
-    def attend(self) -> None:
-        """Give what this rank holds to the one that saves."""
+    def attend(self, folder: Path) -> list[Path]:
+        """Write what this rank holds into the folder that another one saves to; returns the files it wrote."""
         ...
 
 
 class Checkpoints:
     """A run directory, claimed by this process, and the checkpoints in it.
 
-    Of several ranks rank 0 claims it and writes whole weights and optimizers, which the others help to gather; all
-    read.
+    Of several ranks rank 0 claims it and writes what is whole; what ranks hold in parts each writes itself. All read.
 
     A recipe saves step 0 before it trains, so everything that has metrics has a checkpoint: a run killed before that is
     simply started again, and one killed later is resumed. While it is open no other process can claim the directory.
@@ -133,20 +132,16 @@ class Checkpoints:
         and other input or output errors; what a part raises otherwise passes through.
         """
         final = self._home / f"step_{step:06d}"
-        if not dist.writes():
-            for part in parts.values():
-                if isinstance(part, Attends):
-                    part.attend()
-            return final
         unfinished = self._home / (_UNFINISHED + final.name)
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            self._write(unfinished, step, parts, extra or {})
-            self._publish(unfinished, final)
-            self._drop_all_but_newest(step)
+            self._make(unfinished, parts)
+            theirs = _save_parts(unfinished, parts)
+            if dist.writes():
+                self._seal(unfinished, {"step": step, "parts": sorted(parts)}, extra or {}, theirs)
+                self._publish(unfinished, final)
+                self._drop_all_but_newest(step)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _remove(unfinished)
             reason = getattr(error, "strerror", None) or str(error)
             kept = ", ".join(map(str, self.steps)) or "none"
             raise CheckpointError(
@@ -154,7 +149,7 @@ class Checkpoints:
                 "Make room or choose another disk, then continue with --resume."
             ) from error
         except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _remove(unfinished)
             raise
         return final
 
@@ -216,16 +211,26 @@ class Checkpoints:
                 "or choose another --out."
             )
 
-    def _write(self, folder: Path, step: int, parts: Mapping[str, Saveable], extra: Mapping[str, JSON]) -> None:
-        for name, part in parts.items():
-            assert re.fullmatch(r"\w[\w-]*", name), f"not a folder name: {name}"
-            (folder / name).mkdir()
-            part.save(folder / name)
+    def _make(self, folder: Path, parts: Mapping[str, Saveable]) -> None:
+        """A folder with an empty one for each part, there before any rank writes into it."""
+        if dist.writes():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            for name in parts:
+                assert re.fullmatch(r"\w[\w-]*", name), f"not a folder name: {name}"
+                (folder / name).mkdir()
+        dist.wait()
+
+    def _seal(
+        self, folder: Path, said: Mapping[str, JSON], extra: Mapping[str, JSON], theirs: Mapping[str, JSON]
+    ) -> None:
+        """Write the rest, and the manifest: what is `said`, and a line for each file; other ranks know `theirs`."""
         (folder / "extra.json").write_text(json.dumps(extra, allow_nan=False), encoding="utf-8")
         (folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
         save_file(_random_state(), folder / "rng.safetensors")
-        files = {path.relative_to(folder).as_posix(): _seal(path) for path in _files(folder)}
-        body = {"step": step, "parts": sorted(parts), "files": files}
+        own = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+        files = {**{name: _line(path) for name, path in own.items() if name not in theirs}, **theirs}
+        body = {**said, "files": dict(sorted(files.items()))}
         manifest = folder / "manifest.json"
         manifest.write_text(json.dumps({**body, "sha256": _sha256_of(body)}, indent=1), encoding="utf-8")
         _sync(manifest)
@@ -429,7 +434,24 @@ def _sha256_of(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _seal(path: Path) -> dict[str, JSON]:
+def _save_parts(folder: Path, parts: Mapping[str, Saveable]) -> dict[str, JSON]:
+    """Save all parts, each rank what it holds of them; returns the manifest's lines of what others have written."""
+    written: list[Path] = []
+    for name, part in parts.items():
+        if dist.writes():
+            part.save(folder / name)
+        elif isinstance(part, Attends):
+            written += part.attend(folder / name)
+    return dist.union({path.relative_to(folder).as_posix(): _line(path) for path in written})
+
+
+def _remove(unfinished: Path) -> None:
+    """Take away what a save has left halfway; what another rank still writes there goes when the run is next opened."""
+    if dist.writes():
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _line(path: Path) -> dict[str, JSON]:
     """Force a finished file to the disk; returns its line of the manifest."""
     _sync(path)
     return {"sha256": _sha256(path), "size": path.stat().st_size}

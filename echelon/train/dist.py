@@ -239,7 +239,8 @@ class Sharded:
     """A copy of a module of which every rank holds a part of each weight (FSDP2, `torch.distributed.fsdp`).
 
     A layer's weights are whole only while it computes. The copy learns; `put` writes what it has learned into the whole
-    module it was made from, which stays an ordinary one for all who read it.
+    module it was made from, which stays an ordinary one for all who read it. It is cut layer by layer, so that no rank
+    ever holds a second whole one. Where some ranks have shapes alone (the meta device), rank 0 gives them their parts.
     """
 
     def __init__(self, module: nn.Module, ranks: Ranks, device: torch.device) -> None:
@@ -249,11 +250,12 @@ class Sharded:
         self.original = module
         self.device = device
         self.mesh = init_device_mesh(device.type, (ranks.size,))
-        copied = copy.deepcopy(module)
-        copied.zero_grad(set_to_none=True)
+        self._first_gives = _some_are_empty(ranks, module)
+        copied = _empty_copy(module)
         self.root: Any = _Root(copied)
         self._parts: list[Any] = [*layers_of(copied), *_odd_ones(copied), self.root]
         for part in self._parts:
+            self._fill(part)
             self._shard(part, self.settings.reshard_after_forward and part is not self.root)
         self.trained = [parameter for parameter in self.root.parameters() if parameter.requires_grad]
 
@@ -284,8 +286,7 @@ class Sharded:
         from torch.distributed.tensor import distribute_tensor
 
         for part, whole in self._pairs():
-            there = whole.detach().to(self.device)
-            mine = distribute_tensor(there, self.mesh, part.placements, src_data_rank=None).to_local()
+            mine = distribute_tensor(self._given(whole), self.mesh, part.placements, src_data_rank=None).to_local()
             part.to_local().copy_(mine)
         for mine, theirs in zip(self.root.buffers(), self.original.buffers(), strict=True):
             mine.copy_(theirs)
@@ -295,15 +296,27 @@ class Sharded:
         """Gather what has been learned into the whole module, one weight at a time. All ranks must call it."""
         for part, whole in self._pairs():
             if part.requires_grad:
-                whole.copy_(part.full_tensor())
+                learned = part.full_tensor()
+                if not whole.is_meta:
+                    whole.copy_(learned)
 
-    def like(self, part: Any, whole: Tensor) -> Tensor:
-        """A tensor of a weight's shape, such as its mean gradient, cut as that weight is."""
-        from torch.distributed.tensor import distribute_tensor
+    @torch.no_grad()
+    def _fill(self, part: nn.Module) -> None:
+        """Give numbers to the weights of a part that is about to be cut, and whose own parts are cut already."""
+        for mine, whole in self._pairs():
+            if mine.is_meta and any(mine is own for own in part.parameters()):
+                there = nn.Parameter(self._given(whole).contiguous(), requires_grad=mine.requires_grad)
+                torch.utils.swap_tensors(mine, there)  # type: ignore[no-untyped-call] # who shares it goes on sharing it
 
-        there = whole.to(self.device)
-        cut: Tensor = distribute_tensor(there, self.mesh, part.placements, src_data_rank=None)
-        return cut.to(part.device)
+    def _given(self, whole: Tensor) -> Tensor:
+        """A whole weight on this rank's device: its own, or that of rank 0 where not all have it."""
+        from torch import distributed
+
+        if not self._first_gives:
+            return whole.detach().to(self.device)
+        there = torch.empty_like(whole, device=self.device) if whole.is_meta else whole.detach().to(self.device)
+        distributed.broadcast(there, 0)
+        return there
 
     def _pairs(self) -> Iterator[tuple[Any, nn.Parameter]]:
         return zip(self.root.parameters(), self.original.parameters(), strict=True)
@@ -373,6 +386,26 @@ def _odd_ones(module: nn.Module) -> list[nn.Module]:
         if id(part) not in inside
         and any(own.dtype != usual and own.requires_grad for own in part.parameters(recurse=False))
     ]
+
+
+def _empty_copy(module: nn.Module) -> nn.Module:
+    """A copy whose weights have shapes alone (the meta device); buffers are copied."""
+    like = {
+        id(weight): nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+        for weight in module.parameters()
+    }
+    copied: nn.Module = copy.deepcopy(module, like)
+    copied.zero_grad(set_to_none=True)
+    return copied
+
+
+def _some_are_empty(ranks: Ranks, module: nn.Module) -> bool:
+    """Whether a rank has only the shapes of the weights. Raises RanksDisagree where those differ then."""
+    told = [(tuple(weight.shape), str(weight.dtype)) for weight in module.parameters()]
+    empty = any(ranks.gathered(any(weight.is_meta for weight in module.parameters())))
+    if empty and any(others != told for others in ranks.gathered(told)):
+        raise RanksDisagree("ranks have made different models of one folder. Load it with one version of everything.")
+    return empty
 
 
 def _gradient(weight: Tensor) -> Tensor:

@@ -22,7 +22,15 @@ from echelon.errors import CheckpointError, ConfigError, EchelonError
 from echelon.models import lora
 from echelon.train import dist
 from echelon.train.clock import phase
-from echelon.train.optimizers import LOW, LossScale, SavedOptimizer, learning_rate, make_optimizer, save_optimizer
+from echelon.train.optimizers import (
+    LOW,
+    LossScale,
+    SavedOptimizer,
+    learning_rate,
+    make_optimizer,
+    save_optimizer,
+    save_part,
+)
 
 Found = TypeVar("Found")
 
@@ -46,7 +54,8 @@ class Learner:
     Where there are several ranks (`train.dist`), each computes its share of the micro-batches and all take the same
     step. If every rank holds a part of each weight, `module` is a whole copy for all who read it, brought up to date
     after every step; one that nobody reads between steps but this learner (`resident` false) waits on the host until
-    it is saved.
+    it is saved. Of such a one ranks other than 0 may have shapes alone (the meta device). `place` is where parts
+    compute, if not where the module is.
     """
 
     def __init__(
@@ -59,6 +68,7 @@ class Learner:
         tokenizer: Any = None,
         adapter: str = "",
         resident: bool = True,
+        place: torch.device | None = None,
     ) -> None:
         self.module = module
         self.name = name
@@ -75,14 +85,13 @@ class Learner:
         with self._speaking():
             self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             self._ranks, self.resident = dist.ranks(), resident
-            self._sharded = self._cut()
+            self._sharded = self._cut(place)
         self._moved = self.trained if self._sharded is None else self._sharded.trained
         """What the optimizer's steps end in: the weights, or this rank's parts of them."""
         self._masters = [_master(parameter) for parameter in self._moved]
         low = any(parameter.dtype == torch.float16 for parameter in module.parameters())
         self.loss_scale = LossScale() if low else None
-        place = self._masters[0].device if self._masters else self.device
-        self.optimizer = make_optimizer(self._masters, optim, place)
+        self.optimizer = make_optimizer(self._masters, optim, self._masters[0].device if self._masters else self.device)
 
     @property
     def device(self) -> torch.device:
@@ -184,17 +193,20 @@ class Learner:
             self._sharded.put()
 
     def save(self, folder: Path) -> None:
-        """Weights (a Hugging Face folder if the module is one, peft's if it has adapters), optimizer and counters."""
+        """Weights (a Hugging Face folder if the module is one, peft's if it has adapters), optimizer and counters.
+
+        Of several ranks one calls it; meanwhile all others must call `attend`.
+        """
         self.refresh()
         save_module(self.module, folder, self.tokenizer, adapter=self.adapter)
         scale = self.loss_scale
         counters = {} if scale is None else {"loss_scale": scale.scale, "loss_scale_steps": scale.steps}
         save_optimizer(self.optimizer, folder, self._own_masters(), version=self.version, **counters)
 
-    def attend(self) -> None:
-        """Give what this rank holds to the one that saves."""
+    def attend(self, folder: Path) -> list[Path]:
+        """Write what this rank holds into the folder that another one saves to; returns the files it wrote."""
         self.refresh()
-        save_optimizer(self.optimizer, None, self._own_masters())
+        return save_part(self.optimizer, folder, self._own_masters())
 
     def load(self, folder: Path) -> None:
         """Continue exactly where `save` was called. Raises CheckpointError if something else was saved there."""
@@ -211,10 +223,11 @@ class Learner:
                 "trained here, or to another optimizer. Train the same parts of the same model, in the same way, as "
                 "the run that saved it."
             )
-        load_module(self.module, folder, adapter=self.adapter)
+        if not self._empty:
+            load_module(self.module, folder, adapter=self.adapter)
         if self._sharded is not None:
             self._sharded.take()
-        saved.load(self.optimizer, self._own_masters(), like=None if self._sharded is None else self._sharded.like)
+        saved.load(self.optimizer, self._own_masters())
         self.version = int(saved.counters["version"])
         if self.loss_scale is not None:
             self.loss_scale = LossScale(saved.counters["loss_scale"], saved.counters["loss_scale_steps"])
@@ -276,15 +289,21 @@ class Learner:
         norm: Any = torch.nn.utils.clip_grad_norm_(self._masters, self.optim.max_grad_norm or math.inf)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-    def _cut(self) -> dist.Sharded | None:
+    def _cut(self, place: torch.device | None) -> dist.Sharded | None:
         """The copy of the module of which this rank holds its part, where the settings want one."""
         if self._ranks is None or self._ranks.settings.strategy != "fsdp":
             return None
         dist.check_shardable(self.module, self.optim.name, self.name or "this model")
-        device = next(self.module.parameters()).device
-        if not self.resident:
+        place = place or next(self.module.parameters()).device
+        assert place.type != "meta", "shapes alone do not say where their parts compute"
+        if not self.resident and not self._empty:
             self.module.to("cpu")
-        return dist.Sharded(self.module, self._ranks, device)
+        return dist.Sharded(self.module, self._ranks, place)
+
+    @property
+    def _empty(self) -> bool:
+        """Whether the module has shapes alone, and another rank the weights."""
+        return any(parameter.is_meta for parameter in self.module.parameters())
 
     def _collect(self) -> None:
         """Add the gradients of 16-bit weights to those of their masters, in float32."""

@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from echelon.config import OptimConfig
 from echelon.errors import ConfigError, need
+from echelon.train import parts
 
 LOW = (torch.float16, torch.bfloat16)
 """Types whose neighbouring numbers lie further apart than most updates."""
 
 BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 """optim.name → what bitsandbytes calls it."""
+
+WHOLE = "optimizer.safetensors"
+"""The file of tensors that one process has written."""
+PARTS = "optimizer"
+"""The folder of tensors of which each rank has written a part."""
 
 
 def make_optimizer(parameters: Sequence[Tensor], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -54,67 +61,78 @@ def make_optimizer(parameters: Sequence[Tensor], optim: OptimConfig, device: tor
     return made
 
 
-def save_optimizer(
-    optimizer: torch.optim.Optimizer, folder: Path | None, masters: Sequence[Tensor], **counters: Any
-) -> None:
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, masters: Sequence[Tensor], **counters: Any) -> None:
     """All of its state as safetensors and JSON, the float32 masters of 16-bit weights, and what else counts.
 
-    Of tensors of which every rank holds a part, the parts are gathered, so all ranks must call it; those that write
-    nothing give no folder.
+    Where every rank holds a part of each tensor it writes its own, so meanwhile the others must call `save_part`.
     """
-    tensors = {f"master/{index}": _whole(master, folder) for index, master in enumerate(masters)}
-    numbers: dict[str, float] = {}
-    for name, value in _flat(optimizer.state_dict()["state"]):
-        if isinstance(value, Tensor):
-            tensors[name] = _whole(value, folder)
-        else:
-            numbers[name] = value
-    if folder is None:
-        return
-    save_file(dict(_apart(tensors)), folder / "optimizer.safetensors")
+    tensors, numbers = _state(optimizer, masters)
+    if parts.cut(tensors.values()):
+        parts.write(tensors, folder / PARTS)
+    else:
+        save_file(dict(_apart(tensors)), folder / WHOLE)
     shapes = [list(parameter.shape) for parameter in _parameters(optimizer)]
     described = {**counters, "optimizer": type(optimizer).__name__, "shapes": shapes, "numbers": numbers}
     (folder / "optimizer.json").write_text(json.dumps(described), encoding="utf-8")
 
 
+def save_part(optimizer: torch.optim.Optimizer, folder: Path, masters: Sequence[Tensor]) -> list[Path]:
+    """Write what this rank holds of it into a folder where another one saves the rest; returns the files it wrote."""
+    tensors, _ = _state(optimizer, masters)
+    return parts.write(tensors, folder / PARTS) if parts.cut(tensors.values()) else []
+
+
 class SavedOptimizer:
-    """What `save_optimizer` wrote. Raises OSError and ValueError if it is not there or cannot be read."""
+    """What `save_optimizer` wrote, whole or in parts, on however many ranks.
+
+    Raises OSError and ValueError if it is not there or cannot be read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.counters: dict[str, Any] = json.loads((folder / "optimizer.json").read_bytes())
-        self._tensors = load_file(folder / "optimizer.safetensors")
+        self._file = folder / WHOLE
+        self._parts = folder / PARTS if (folder / PARTS).is_dir() else None
+        if self._parts is not None:
+            self._names = list(parts.shapes(self._parts))
+        else:
+            with safe_open(self._file, "pt") as file:
+                self._names = list(file.keys())
 
     def fits(self, optimizer: torch.optim.Optimizer, masters: int) -> bool:
         """Whether it is the state of this kind of optimizer for parameters of these shapes."""
         shapes = [list(parameter.shape) for parameter in _parameters(optimizer)]
         same = self.counters.get("optimizer") == type(optimizer).__name__ and self.counters.get("shapes") == shapes
-        return same and masters == sum(name.startswith("master/") for name in self._tensors)
+        return same and masters == sum(name.startswith("master/") for name in self._names)
 
-    def load(
-        self,
-        optimizer: torch.optim.Optimizer,
-        masters: Sequence[Tensor],
-        *,
-        like: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> None:
-        """Make the optimizer and the masters what was saved. `like` cuts a tensor as a parameter is cut."""
+    @torch.no_grad()
+    def load(self, optimizer: torch.optim.Optimizer, masters: Sequence[Tensor]) -> None:
+        """Make the optimizer and the masters what was saved; where ranks hold parts, each reads its own."""
         parameters = _parameters(optimizer)
+        whole = self._parts is None and not parts.cut(parameters)
+        tensors = load_file(self._file) if whole else self._own(parameters, masters)
+        for index, master in enumerate(masters):
+            master.copy_(tensors[f"master/{index}"])
         state: dict[int, dict[str, Any]] = {}
-        for name, value in {**self._tensors, **self.counters["numbers"]}.items():
+        for name, value in {**tensors, **self.counters["numbers"]}.items():
             index, *path = name.split("/")
             if index != "master":
-                parameter = parameters[int(index)]
-                if like is not None and isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value = like(parameter, value)
                 entry: Any = state.setdefault(int(index), {})
                 for part in path[:-1]:
                     entry = entry.setdefault(part, {})
                 entry[path[-1]] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        with torch.no_grad():
-            for index, master in enumerate(masters):
-                saved = self._tensors[f"master/{index}"]
-                master.copy_(saved if like is None else like(master, saved))
+
+    def _own(self, parameters: Sequence[Tensor], masters: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What this rank holds of everything that was saved, by its names."""
+        folder = self._parts or self._file.parent  # whole weights may lie beside the whole file
+        found: dict[str, Tensor] = {f"master/{index}": master.detach() for index, master in enumerate(masters)}
+        for name, (shape, dtype) in parts.shapes(folder).items():
+            if name in self._names and name not in found:
+                like = parameters[int(name.partition("/")[0])]
+                alike = shape == like.shape
+                found[name] = torch.empty_like(like, dtype=dtype) if alike else torch.empty(shape, dtype=dtype)
+        parts.read(folder, found)
+        return found
 
 
 class LossScale:
@@ -173,12 +191,16 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _whole(tensor: Tensor, folder: Path | None) -> Tensor:
-    """The tensor, its parts gathered where ranks hold one each; kept, on the host, only where it will be written."""
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    whole: Tensor = tensor.full_tensor()
-    return whole[:0] if folder is None else whole.cpu()
+def _state(optimizer: torch.optim.Optimizer, masters: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The tensors of its state and the masters, and the numbers of its state, by names with slashes."""
+    tensors = {f"master/{index}": master.detach() for index, master in enumerate(masters)}
+    numbers: dict[str, float] = {}
+    for name, value in _flat(optimizer.state_dict()["state"]):
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            numbers[name] = value
+    return tensors, numbers
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

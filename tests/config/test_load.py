@@ -233,7 +233,7 @@ def test_the_sampler_is_said_once_for_all_levels_and_again_for_one() -> None:
     [
         (
             ("--sampler", "vlm"),
-            "--sampling.sampler vlm: expected one of local, vllm, ray. Did you mean 'vllm'?",
+            "--sampling.sampler vlm: expected one of local, vllm, ray, server. Did you mean 'vllm'?",
         ),
         (
             ("--sampler", "vllm", "--sampling.temperature", "2.5"),
@@ -243,6 +243,27 @@ def test_the_sampler_is_said_once_for_all_levels_and_again_for_one() -> None:
             ("--sampling.sleep",),
             "sampling.sleep = true: the local engine holds no memory of its own to give back. Use sampler = vllm, or "
             "leave it out.",
+        ),
+        (
+            ("--sampling.adapters", "apart"),
+            "sampling.adapters = apart: only vLLM in this process takes an adapter by itself. Use sampler = vllm, or "
+            "leave it out.",
+        ),
+        (
+            ("--sampler", "server"),
+            "sampling.server.url is missing: nobody could be asked. Give one such as http://localhost:8000.",
+        ),
+        (
+            ("--sampler", "server", "--sampling.server.url", "http://node:8000"),
+            "sampling.server.folder is missing: no weights could reach it. Give one that both machines see.",
+        ),
+        (
+            ("--sampling.server.url", "node:8000"),
+            "sampling.server.url = node:8000: a server is asked over HTTP. Give one such as http://localhost:8000.",
+        ),
+        (
+            ("--sampling.server.url", "http://node:8000/v1"),
+            "sampling.server.url = http://node:8000/v1: what is asked there is not below /v1. Leave that out.",
         ),
         (("--rollout-workers", "0"), "sampling.ray.workers = 0: nobody would draw. Give 1 or more."),
         (

@@ -51,6 +51,25 @@ def test_a_tiny_model_is_the_same_every_time_and_disturbs_no_other_draws() -> No
     assert len(tokens) <= 280
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shapes_alone_are_those_of_the_model_and_no_weights_are_read(folder: Path, dtype: str) -> None:
+    whole = load_lm(str(folder), dtype=dtype, device="cpu", gradient_checkpointing=True)
+    (folder / "model.safetensors").unlink()
+    shapes: Any = load_lm(str(folder), dtype=dtype, gradient_checkpointing=True, shapes_only=True)
+    assert all(parameter.is_meta for parameter in shapes.parameters())
+    assert shapes.get_output_embeddings().weight is shapes.get_input_embeddings().weight
+    told, expected = (
+        [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in module.named_parameters()]
+        for module in (shapes, whole)
+    )
+    assert told == expected
+    assert {name: buffer.tolist() for name, buffer in shapes.named_buffers()} == {
+        name: buffer.tolist() for name, buffer in whole.named_buffers()
+    }
+    assert shapes.training
+    assert shapes.is_gradient_checkpointing
+
+
 def test_a_tiny_tokenizer_takes_any_text_and_a_message_costs_two_tokens() -> None:
     _, tokenizer = small()
     for text in ("is it alive?", "naïve \N{GRINNING FACE}\n\t  x ", "<|end|"):

@@ -479,6 +479,37 @@ def test_an_adapter_on_an_adapter_is_saved_as_one_that_peft_reads(
     assert logits(again).equal(said), "and continued it is the same to the last bit"
 
 
+def test_an_adapter_is_written_alone_for_whoever_has_what_lies_below_it_here(folder: Path, tmp_path: Path) -> None:
+    first = taught(lora.attach(base(folder), SMALL), 1)
+    lora.save(first, tmp_path / "first")
+    below = lora.merge(copy.deepcopy(first))
+    second = taught(lora.attach(lora.fold(first, str(tmp_path / "first")), LoraConfig(rank=2)), 2)
+    with lora.off(second):
+        assert torch.allclose(logits(second), logits(below), atol=1e-5)
+    lora.write(second, "default", tmp_path / "alone")
+    alone = peft.PeftModel.from_pretrained(below, str(tmp_path / "alone"))
+    assert alone.peft_config["default"].r == 2, "what was folded in is not written again"
+    assert torch.allclose(logits(alone), logits(second), atol=1e-5)
+    assert distance(logits(second), logits(base(folder))) > 0.1
+
+
+def test_the_adapter_without_a_name_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    adapted = taught(lora.attach(base(folder), LoraConfig(rank=3)))
+    lora.write(adapted, "", tmp_path / "silent")
+    silent = peft.PeftModel.from_pretrained(base(folder), str(tmp_path / "silent"))
+    assert logits(silent).equal(logits(base(folder)))
+    assert lora.widths(adapted) == {"default": 3}
+
+
+def test_bases_are_the_same_to_the_last_bit_or_not_at_all(folder: Path) -> None:
+    one, other = lora.attach(base(folder), SMALL), taught(lora.attach(base(folder), LoraConfig(rank=2)))
+    assert lora.same_base(one, other)
+    assert lora.same_base(lora.AdapterView(one, "default"), one)
+    with torch.no_grad():
+        other.get_base_model().get_input_embeddings().weight[0, 0] += 1e-6
+    assert not lora.same_base(one, other)
+
+
 def test_two_products_side_by_side_by_hand(tmp_path: Path) -> None:
     """One layer of two by two: lower [1,0]ᵀ[2,0]·8 and upper [0,1]ᵀ[0,5]·3 are one product of rank 2."""
     front = "base_model.model.layer"

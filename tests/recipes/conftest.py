@@ -145,9 +145,9 @@ def made(env: EnvSpec, folder: Path, *, layers: int) -> Path:
     return folder
 
 
-def taught(model: Path, data: Path, out: Path, *, epochs: int) -> Path:
+def taught(model: Path, data: Path, out: Path, *, epochs: int, lr: float = 1e-2) -> Path:
     words = ["sft", "--model.path", str(model), "--data.path", str(data), "--out", str(out), "--threads", "1"]
-    words += ["--epochs", str(epochs), "--rows-per-step", "8", "--optim.lr", "1e-2"]
+    words += ["--epochs", str(epochs), "--rows-per-step", "8", "--optim.lr", str(lr)]
     assert cli.main(words) == 0
     return find_checkpoint(out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 GRPO = ("grpo", "--tasks-per-step", 2, "--group-size", 4, "--policy.epochs", 2)
 PPO = ("ppo", "--episodes-per-step", 8, "--warmup-steps", 1, "--policy.epochs", 2, "--value-epochs", 2)
 ARCHER = ("archer", "--episodes-per-step", 8, "--warmup-steps", 1, "--critic-updates", 2, "--critic-episodes", 4)
-RECIPES = [pytest.param(GRPO, id="grpo"), pytest.param(PPO, id="ppo")]
+CONTROL = ("control", "--method", "grpo", "--tasks-per-step", 2, "--group-size", 4)
+PLANNED = (*CONTROL, "--plan-every", 2, "--plan-tokens", 3)
+RECIPES = [pytest.param(GRPO, id="grpo"), pytest.param(PPO, id="ppo"), pytest.param(PLANNED, id="control")]
 AHEAD = "--asynchronous.max-staleness"
 OWN = ("policy/staleness", "policy/mismatch/kl", "policy/importance")
 """How the names begin that only such a run logs."""
@@ -35,6 +38,7 @@ def test_where_nothing_is_learned_ahead_is_what_in_turn_is(train, game: list[str
         pytest.param(GRPO, (AHEAD, 2, "--replacements", 2, "--asynchronous.correction", "sequence"), id="grpo-2"),
         pytest.param(PPO, (AHEAD, 1, "--shaping.kl-coef", 0.1), id="ppo"),
         pytest.param(ARCHER, (AHEAD, 1, "--actor-states", "rollout"), id="archer"),
+        pytest.param(CONTROL, (AHEAD, 1, "--method", "ppo", "--value", "text", "--eval-every", 2), id="control"),
     ],
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
@@ -63,7 +67,7 @@ def test_steps_that_older_weights_played_are_corrected_and_others_are_not(
     moved = [row.get("policy/mismatch/kl", 0.0) > 1e-6 for row in rows]
     assert old == [0, 1, 1, 1]
     # PPO's first step trains no policy, so the second one is played with the weights it learns with.
-    assert moved == ([False, True, True, True] if recipe is GRPO else [False, False, True, True])
+    assert moved == ([False, False, True, True] if recipe is PPO else [False, True, True, True])
     for row, stale in zip(rows, moved, strict=True):
         assert ("policy/importance" in row) is stale
         assert row.get("policy/first_mismatch", 0.0) < 1e-4
@@ -121,3 +125,11 @@ def test_archer_corrects_what_older_weights_played_and_not_what_it_draws_anew(
     assert [row["policy/staleness"] for row in rows] == [0, 1, 1, 1]
     assert ["policy/importance" in row for row in rows] == [False, False, corrected, corrected]
     assert all(row.get("policy/first_mismatch", 0.0) < 1e-4 for row in rows)
+
+
+def test_levels_with_weights_of_their_own_are_old_by_themselves(train, game: list[str], start: Path) -> None:
+    """Only the planner learns, so what the controller said is never old, and with the planner's own name it is told."""
+    rows = train(*PLANNED, *game, "--planner.path", start, "--learns", "planner", "--steps", 3, AHEAD, 1).rows()
+    assert [row["policy/staleness"] for row in rows] == [0, 1, 1]
+    assert ["planner/importance" in row for row in rows] == [False, True, True]
+    assert not any("policy/importance" in row for row in rows)

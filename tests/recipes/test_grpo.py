@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,12 +19,12 @@ from echelon.data.packing import Batch, pack
 from echelon.envs import EnvSpec
 from echelon.envs.prompts import prompts_env
 from echelon.errors import ConfigError, RolloutError
-from echelon.models.lm import tiny
 from echelon.recipes.grpo import Config, at_first, average_of, compare, play_groups, to_go
 from echelon.rollout.rewards import Reward, Rewards
 from echelon.train.policy import PolicyConfig
 from echelon.types import Episode, Message, Task, Turn
-from tests.recipes.conftest import Run, taught
+from tests.recipes.conftest import Run
+from tests.recipes.speller import speller, spelling
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--steps", 2, "--tasks-per-step", 2, "--group-size", 4, "--policy.epochs", 2)
@@ -410,40 +413,16 @@ def test_without_a_comparison_one_answer_to_each_prompt_is_enough() -> None:
     assert config(group_size=1, baseline="batch").group_size == 1
 
 
-LETTERS = "abc"
-
-REWARDS = """
-def same(prompts, completions, answer):
-    return [float(said == wanted) for said, wanted in zip(completions, answer, strict=True)]
-
-
-def brief(prompts, completions):
-    return [-float(len(said) > 1) for said in completions]
-"""
-
-
 @pytest.fixture(scope="session")
-def speller(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with prompts that ask for a letter, rewards, and a model that says this one every other time, and else
-    one of two others."""
-    folder = tmp_path_factory.mktemp("letters")
-    rows = [{"prompt": f"say {letter}", "answer": letter} for letter in LETTERS]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "rewards.py").write_text(REWARDS)
-    games = [{"prompt": row["prompt"], "response": letter} for row in rows for letter in LETTERS + row["answer"]]
-    (folder / "games.jsonl").write_text("".join(json.dumps(game) + "\n" for game in games))
-    module, tokenizer = tiny([row["prompt"] for row in rows], vocab_size=300, hidden=32, layers=1, heads=2)
-    module.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    taught(folder / "model", folder / "games.jsonl", folder / "sft", epochs=150)
-    return folder
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts, rewards, and the model that follows their rule every other time."""
+    return speller(tmp_path_factory.mktemp("letters"))
 
 
 @pytest.fixture
-def spell(speller: Path) -> list[object]:
+def spell(letters: Path) -> list[object]:
     """Flags to train on it."""
-    words = ["--model.path", speller / "sft", "--data.path", speller / "prompts.jsonl", "--sampling.max-tokens", 3]
-    return [*words, "--reward", f"{speller}/rewards.py:same", f"{speller}/rewards.py:brief"]
+    return spelling(letters)
 
 
 def test_prompts_and_reward_functions_are_enough_and_each_reward_is_logged(train, spell: list[object]) -> None:
@@ -538,6 +517,22 @@ def test_it_learns_from_what_the_weights_of_a_step_before_have_played(
     assert sum(right[:2]) / 2 < 0.6
     assert sum(right[-3:]) / 3 > 0.8
     assert max(row["policy/mismatch/kl"] for row in rows[1:]) > 1e-3  # it was stale
+
+
+@pytest.mark.ray
+@pytest.mark.learning
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+def test_it_learns_from_what_workers_of_ray_have_drawn(tmp_path: Path, spell: list[object]) -> None:
+    """From every other letter right to four in five, in 40 steps, as in process."""
+    flags = [*spell, "--steps", 40, "--tasks-per-step", 6, "--group-size", 8, "--policy.optim.lr", 2e-3]
+    flags += ["--policy.optim.schedule", "linear", "--threads", 1, "--out", tmp_path / "run"]
+    command = [sys.executable, "-m", "echelon", "launch", "--on", "ray", "--rollout-workers", 2, "grpo", *flags]
+    around = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(word) for word in command], env=around, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    right = [row["reward/same"] for row in Run(tmp_path / "run").rows()]
+    assert sum(right[:2]) / 2 < 0.6
+    assert sum(right[-3:]) / 3 > 0.8
 
 
 @pytest.mark.learning

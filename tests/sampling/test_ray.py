@@ -9,6 +9,7 @@ import asyncio
 import importlib.util
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from echelon.models import lora
 from echelon.models.lm import tiny
 from echelon.rollout.setup import open_sampler
 from echelon.sampling import ray as pool
+from echelon.sampling import ray_worker as remote
 from echelon.sampling.local import LocalSampler
 from echelon.sampling.ray import RaySampler
 from echelon.types import Completion, SamplingParams
@@ -34,6 +36,7 @@ pytestmark = [
 ]
 
 Request = tuple[list[int], SamplingParams]
+ENGINE = {"engine": "local", "longest": 0, "cache_tokens": 999, "concurrency": 8}
 
 
 def small() -> tuple[Any, Any]:
@@ -66,6 +69,8 @@ class Told:
     name: int
     promises: dict[str, list[Future[Any]]] = field(default_factory=dict)
     asked: list[list[int]] = field(default_factory=list)
+    told: list[tuple[Any, ...]] = field(default_factory=list)
+    """What it was told besides: the verb, and what came with it."""
 
     def __getattr__(self, verb: str) -> Any:
         return _Verb(self, verb)
@@ -80,7 +85,8 @@ class _Verb:
         promise: Future[Any] = Future()
         self.worker.promises.setdefault(self.verb, []).append(promise)
         if self.verb == "sample":
-            self.worker.asked.append(args[0])
+            self.worker.asked.append(args[1])
+        self.worker.told.append((self.verb, *args))
         return _Reference(promise)
 
 
@@ -92,29 +98,37 @@ class _Reference:
         return self.promise
 
 
-class Staged(RaySampler):
-    """Its workers are those of a test; each is up at once unless `script` says otherwise."""
-
-    script: Callable[[Told], None]
+class Staged(pool.Pool):
+    """Its workers are those of a test; each holds models at once unless `script` says otherwise. It is asked in the
+    loop of the test."""
 
     def __init__(self, script: Callable[[Told], None] | None = None, **settings: Any) -> None:
-        super().__init__(*small(), RayConfig(**{"timeout": 5.0} | settings))
+        super().__init__(RayConfig(**{"timeout": 5.0} | settings))
         self.hired: list[Told] = []
         self.script = script or up
+        self.model = pool.Model(0, {})
 
-    def _start(self) -> None:
-        self._workers = [self._hire() for _ in range(self.settings.workers)]
+    def _actor(self) -> Any:
+        self.hired.append(Told(len(self.hired)))
+        return self.hired[-1]
 
-    def _hire(self, barren: int = 0) -> Any:
-        worker = Told(len(self.hired))
-        self.hired.append(worker)
-        opened = worker.open.remote().future()
-        self.script(worker)
-        return pool._Place(worker, barren=barren, promises=[opened])
+    def _hand_over(self, place: pool.Place, model: pool.Model) -> None:
+        super()._hand_over(place, model)
+        self.script(place.actor)
+
+    async def sample(self, prompt: list[int], params: SamplingParams, model: pool.Model | None = None) -> Completion:
+        model = model or self.model
+        if model.name not in self._models:
+            await self.open(model)
+        said, place = await self.ask(model, prompt, params)
+        model.settle(place, [*prompt, *said.tokens])
+        return said
 
 
 def up(worker: Told) -> None:
-    worker.promises["open"][0].set_result(None)
+    for promise in worker.promises["open"]:
+        if not promise.done():
+            promise.set_result(None)
 
 
 def said(*tokens: int, version: int = 0) -> Completion:
@@ -141,7 +155,7 @@ async def turns(count: int = 20) -> None:
         await asyncio.sleep(0)
 
 
-def asking(sampler: RaySampler, *prompts: list[int]) -> list[asyncio.Task[Completion]]:
+def asking(sampler: Any, *prompts: list[int]) -> list[asyncio.Task[Completion]]:
     return [asyncio.create_task(sampler.sample(prompt, SamplingParams())) for prompt in prompts]
 
 
@@ -161,7 +175,7 @@ def test_requests_are_spread_and_no_worker_gets_more_than_it_may_have() -> None:
                     promise.set_result(said(9))
             await turns()
         assert [(await task).tokens for task in tasks] == [[9]] * 6
-        assert [place.busy for place in sampler._workers] == [0, 0]
+        assert [place.busy for place in sampler.workers] == [0, 0]
 
     asyncio.run(play())
 
@@ -182,8 +196,8 @@ def test_a_conversation_stays_where_its_keys_are_until_that_worker_is_full_or_go
         asking(sampler, [*first, *action, *ids(5, 6)])
         await turns()
         assert len(sampler.hired[0].asked) == 2  # no room at home
-        sampler._replace(sampler._workers[1], "gone")
-        assert sampler._choose([*first, *action], [sampler._workers[0]]) is sampler._workers[0]
+        sampler._replace(sampler.workers[1], "gone")
+        assert sampler._choose(sampler.model, [*first, *action], [sampler.workers[0]]) is sampler.workers[0]
         busy.cancel()
 
     asyncio.run(play())
@@ -199,7 +213,7 @@ def test_what_a_lost_worker_was_asked_is_asked_again_and_counted_once() -> None:
         assert [worker.asked for worker in sampler.hired] == [[[1, 2]], [], [[1, 2]]]
         sampler.hired[2].promises["sample"][0].set_result(said(7))
         assert (await task).tokens == [7]
-        assert [place.actor.name for place in sampler._workers] == [2, 1]
+        assert [place.actor.name for place in sampler.workers] == [2, 1]
 
     asyncio.run(play())
 
@@ -232,7 +246,7 @@ def test_a_request_that_ends_every_worker_is_given_up() -> None:
         (task,) = asking(sampler, [1])
         for number in range(pool.TRIES):
             await turns()
-            sampler._workers[0].answered = True  # it had answered others before
+            sampler.workers[0].answered = True  # it had answered others before
             sampler.hired[number].promises["sample"][0].set_exception(dead())
         await task
 
@@ -301,7 +315,7 @@ def test_weights_may_be_loaded_while_questions_are_open() -> None:
         sampler = Staged(workers=1)
         (before,) = asking(sampler, [1])
         await turns()
-        sampler.load(iter(()), 5)
+        await sampler.load(sampler.model, None, 5)
         (after,) = asking(sampler, [2])
         await turns()
         old, new = sampler.hired[0].promises["sample"]
@@ -310,6 +324,114 @@ def test_weights_may_be_loaded_while_questions_are_open() -> None:
         assert ((await before).version, (await after).version) == (0, 5)
 
     asyncio.run(play())
+
+
+def test_samplers_share_workers_which_know_their_models_by_name() -> None:
+    async def play() -> None:
+        sampler, other = Staged(), pool.Model(7, {"engine": "local"}, version=3)
+        (one,) = asking(sampler, [1])
+        await turns()
+        two = asyncio.create_task(sampler.sample([1], SamplingParams(), other))
+        await turns()
+        first, second = sampler.hired
+        assert [worker.told[0][:2] for worker in (first, second)] == [("open", 0)] * 2
+        assert first.told[1][:3] == ("sample", 0, [1])
+        assert second.told[1] == ("open", 7, {"engine": "local"}, None, None, None, 0, 3)
+        assert second.told[2][:3] == ("sample", 7, [1])
+        first.promises["sample"][0].set_result(said(2))
+        second.promises["sample"][0].set_result(said(2, version=3))
+        assert [(await task).version for task in (one, two)] == [0, 3]
+        sampler.close(other)
+        sampler._replace(sampler.workers[0], "gone")
+        assert [each[:2] for each in sampler.hired[2].told] == [("open", 0)]  # nobody asks for the other any more
+
+    asyncio.run(play())
+
+
+def test_a_worker_lost_while_weights_are_on_their_way_is_replaced_by_one_that_begins_with_them() -> None:
+    async def play() -> None:
+        sampler = Staged()
+        (before,) = asking(sampler, [1])
+        await turns()
+        sampler.hired[0].promises["sample"][0].set_result(said(2))
+        await before
+        await sampler.load(sampler.model, "new", 5)
+        sampler.hired[0].promises["load"][0].set_exception(dead())
+        (after,) = asking(sampler, [1])
+        await turns()
+        assert sampler.hired[2].told[0] == ("open", 0, {}, None, None, "new", 1, 5)
+        assert [place.actor.name for place in sampler.workers] == [2, 1]
+        (there,) = [worker for worker in sampler.hired if ("sample", 0, [1], SamplingParams(), 1) in worker.told]
+        there.promises["sample"][0].set_result(said(3, version=5))
+        assert (await after).version == 5
+
+    asyncio.run(play())
+
+
+def test_without_a_machine_for_a_replacement_the_others_go_on() -> None:
+    def no_third(worker: Told) -> None:
+        if worker.name < 2:
+            up(worker)
+
+    async def play() -> None:
+        sampler = Staged(no_third)
+        first = asking(sampler, [1], [2])
+        await turns()
+        for worker in sampler.hired:
+            worker.promises["sample"][0].set_result(said(3))
+        await asyncio.gather(*first)
+        sampler._replace(sampler.workers[0], "gone")
+        tasks = asking(sampler, [4], [5])
+        await turns()
+        assert sampler.hired[1].asked == [[2], [4], [5]]
+        for promise in sampler.hired[1].promises["sample"][1:]:
+            promise.set_result(said(3))
+        await asyncio.gather(*tasks)
+
+    asyncio.run(play())
+
+
+def test_weights_for_which_there_is_no_room_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def full(_: Any) -> None:
+        raise ray.exceptions.ObjectStoreFullError("The object store is full.")
+
+    module, tokenizer = small()
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "put", full)
+    with pytest.raises(RolloutError, match=r"^Ray has no room for the weights \(The object store is full.*\) Give"):
+        RaySampler(module, tokenizer, RayConfig()).load(module.state_dict().items(), 1)
+
+
+def test_who_gives_up_waiting_gives_up_the_work_in_the_loop_of_workers() -> None:
+    began, ended = threading.Event(), threading.Event()
+
+    async def work() -> None:
+        began.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def play(thread: pool.LoopThread) -> None:
+        task = asyncio.create_task(thread.result(work()))
+        assert await asyncio.to_thread(began.wait, 60)
+        task.cancel()
+        assert await asyncio.to_thread(ended.wait, 60)
+
+    asyncio.run(play(pool.LoopThread()))
+
+
+def test_the_loop_of_workers_ends_when_nobody_holds_it() -> None:
+    before = threading.enumerate()
+    thread = pool.LoopThread()
+    assert thread.run(asyncio.sleep(0, "said")) == "said"
+    (running,) = [other for other in threading.enumerate() if other not in before]
+    loop = thread.loop
+    del thread
+    running.join(60)
+    assert loop.is_closed()
 
 
 def test_giving_up_makes_room_for_others() -> None:
@@ -334,13 +456,13 @@ def test_a_worker_takes_weights_when_it_has_answered_and_asks_before_wait_for_th
     with torch.no_grad():
         for weight in other.parameters():
             weight.mul_(2)
-    skeleton, numbers = pool._taken_apart(module, tokenizer)
-    changed = pool._numbers(other.state_dict().items())
+    skeleton, numbers = remote.taken_apart(module, tokenizer)
+    changed = remote.numbers_of(other.state_dict().items())
     request = (ids(5, 1), SamplingParams(max_tokens=60, seed=3))
 
     async def play() -> list[Completion]:
-        worker = pool.Worker(RayConfig(), {"engine": "local", "longest": 0, "cache_tokens": 999, "concurrency": 8})
-        await worker.open(skeleton, numbers, None, 0, 1)
+        worker = remote.Held("cpu", 1.0)
+        await worker.open(ENGINE, skeleton, numbers, None, 0, 1)
         early = asyncio.create_task(worker.sample(*request, 1))
         await turns()
         first = asyncio.create_task(worker.sample(*request, 0))
@@ -357,11 +479,11 @@ def test_a_worker_takes_weights_when_it_has_answered_and_asks_before_wait_for_th
 
 def test_new_weights_wait_until_what_was_given_up_is_dropped() -> None:
     module, tokenizer = small()
-    skeleton, numbers = pool._taken_apart(module, tokenizer)
+    skeleton, numbers = remote.taken_apart(module, tokenizer)
 
     async def play() -> int:
-        worker = pool.Worker(RayConfig(), {"engine": "local", "longest": 0, "cache_tokens": 999, "concurrency": 8})
-        await worker.open(skeleton, numbers, None, 0, 1)
+        worker = remote.Held("cpu", 1.0)
+        await worker.open(ENGINE, skeleton, numbers, None, 0, 1)
         given_up = asyncio.create_task(worker.sample(ids(5, 1), SamplingParams(max_tokens=200), 0))
         await turns()
         given_up.cancel()
@@ -376,27 +498,27 @@ def test_a_copy_computes_what_the_module_computes_and_follows_what_learns(view: 
     module, tokenizer = small()
     adapted = lora.attach(module, LoraConfig(rank=2), name="low")
     learns = lora.AdapterView(adapted, "low") if view else adapted
-    skeleton, numbers = pool._taken_apart(learns, tokenizer)
+    skeleton, numbers = remote.taken_apart(learns, tokenizer)
     assert len(skeleton) < sum(weight.nbytes for weight in module.parameters())  # no numbers in it
-    copied, _ = pool._put_together(skeleton, numbers, "cpu")
+    copied, _ = remote.put_together(skeleton, numbers, "cpu")
     tokens = torch.tensor([ids(9, 1)])
     assert torch.equal(copied(tokens).logits, learns(tokens).logits)
     with torch.no_grad():
-        for _, weight in pool._learning(learns):
+        for _, weight in remote.learning(learns):
             weight.normal_()
-    sent = pool._numbers(pool._learning(learns))
+    sent = remote.numbers_of(remote.learning(learns))
     assert all("lora_" in name for name in sent)
-    pool._fill(copied, sent, all_of_it=False)
+    remote.fill(copied, sent, all_of_it=False)
     assert torch.equal(copied(tokens).logits, learns(tokens).logits)
 
 
 def test_weights_of_16_bits_and_tied_ones_travel_as_they_are() -> None:
     module, _ = small()
     weights = module.to(torch.bfloat16).state_dict()
-    found = pool._numbers(weights.items())
+    found = remote.numbers_of(weights.items())
     assert found["lm_head.weight"][0] is found["model.embed_tokens.weight"][0]  # one matrix
     for name, weight in weights.items():
-        back = pool._as_tensor(found[name])
+        back = remote._as_tensor(found[name])
         assert back.dtype == torch.bfloat16
         assert torch.equal(back, weight)
 
@@ -504,7 +626,7 @@ def test_one_worker_is_killed_and_one_hangs_and_the_answers_are_the_same(
 
     asked = requests(40, 40)
     expected = ask(beside(real), asked)
-    pids = ray.get([place.actor.__ray_call__.remote(lambda worker: os.getpid()) for place in real._workers])
+    pids = ray.get([place.actor.__ray_call__.remote(lambda worker: os.getpid()) for place in real._pool.workers])
 
     async def play() -> list[Completion]:
         tasks = [asyncio.create_task(real.sample(*request)) for request in asked]

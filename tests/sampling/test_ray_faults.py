@@ -58,7 +58,7 @@ def pids(sampler: RaySampler) -> list[int]:
     """Of the workers that have started."""
     import ray
 
-    started = [place.actor for place in sampler._workers if place.started and not place.lost]
+    started = [place.actor for place in sampler._pool.workers if place.started and not place.lost]
     return list(ray.get([actor.__ray_call__.remote(lambda worker: os.getpid()) for actor in started]))
 
 
@@ -98,9 +98,9 @@ def test_a_machine_that_leaves_is_done_without(cluster: Any) -> None:
         return await asyncio.gather(*tasks)
 
     same(asyncio.run(play()), expected)
-    assert sorted(place.started for place in sampler._workers) == [False, True, True]  # no machine for the third
+    assert sorted(place.started for place in sampler._pool.workers) == [False, True, True]  # no machine for the third
     cluster.add_node(num_cpus=1, object_store_memory=STORE)
-    while not all(place.started for place in sampler._workers):
+    while not all(place.started for place in sampler._pool.workers):
         ask(sampler, asked[:3])
 
 

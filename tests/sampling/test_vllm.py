@@ -125,7 +125,7 @@ class Watched:
 
     def __init__(self, sampler: VllmSampler) -> None:
         self.passes: list[int] = []
-        self.model = sampler._engine.model_executor.driver_worker.worker.model_runner.model
+        self.model = sampler.engine.vllm.model_executor.driver_worker.worker.model_runner.model
 
     def __enter__(self) -> list[int]:
         self._handle = self.model.register_forward_pre_hook(self._note, with_kwargs=True)
@@ -282,7 +282,7 @@ def test_a_reload_changes_what_is_said_and_its_version_and_forgets_what_was_read
 def test_weights_do_not_change_under_a_completion(fresh: Place) -> None:
     async def load_in_between() -> Completion:
         asked = asyncio.ensure_future(fresh.sampler.sample(ids(5, 1), SamplingParams(max_tokens=30)))
-        while not fresh.sampler._running:
+        while not fresh.sampler.engine.running:
             await asyncio.sleep(0)
         with pytest.raises(AssertionError, match="weights change between rollouts"):
             fresh.load()
@@ -295,9 +295,9 @@ def test_weights_do_not_change_under_a_completion(fresh: Place) -> None:
 def test_a_completion_of_other_weights_than_it_began_with_is_an_error(fresh: Place) -> None:
     async def changed() -> None:
         asked = asyncio.ensure_future(fresh.sampler.sample(ids(5, 1), SamplingParams(max_tokens=30)))
-        while not fresh.sampler._running:
+        while not fresh.sampler.engine.running:
             await asyncio.sleep(0)
-        fresh.sampler._engine.set_weight_version("another")
+        fresh.sampler.engine.vllm.set_weight_version("another")
         with pytest.raises(RolloutError, match="vLLM now holds version another"):
             await asked
 
@@ -374,15 +374,15 @@ def test_a_model_that_vllm_does_not_read_as_it_is_is_refused(fresh: Place) -> No
 def test_it_sleeps_when_its_event_loop_ends_and_wakes_when_asked(fresh: Place) -> None:
     """A CPU has nothing to give back, so this is the order of calls, on vLLM's own flag."""
     request = (ids(6, 1), SamplingParams(max_tokens=4))
-    fresh.sampler.sleep = True
+    fresh.sampler.engine.sleep = True
     try:
         (first,) = fresh.ask([request])
-        assert fresh.sampler._engine.is_sleeping()
+        assert fresh.sampler.engine.vllm.is_sleeping()
         (again,) = fresh.ask([request])
         fresh.load()
-        assert not fresh.sampler._engine.is_sleeping()
+        assert not fresh.sampler.engine.vllm.is_sleeping()
     finally:
-        fresh.sampler.sleep = False
+        fresh.sampler.engine.sleep = False
     assert again.tokens == first.tokens
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import sys
@@ -23,7 +24,7 @@ from echelon.config import DistConfig, LoraConfig, OptimConfig
 from echelon.data.packing import Batch, copies, pack
 from echelon.models import lora
 from echelon.models.heads import TokenValue, token_values
-from echelon.models.lm import tiny, token_logprobs
+from echelon.models.lm import tiny, token_logprobs, weights_without_numbers
 from echelon.ops import bellman, losses
 from echelon.train import dist
 from echelon.train.ema import Average
@@ -70,9 +71,9 @@ def curve(learner: Learner, *, steps: int, tokens_per_pass: int, rows: int = 7, 
 
 
 def summary(module: nn.Module) -> list[float]:
-    """A few numbers that depend on all weights, and hardly on rounding."""
+    """A few numbers that depend on all weights, and hardly on rounding; nothing of shapes alone."""
     with torch.no_grad():
-        return [float(parameter.double().norm()) for parameter in module.parameters()]
+        return [float(parameter.double().norm()) for parameter in module.parameters() if not parameter.is_meta]
 
 
 def sft(**how: Any) -> dict[str, Any]:
@@ -147,16 +148,62 @@ def saved(folder: Path) -> dict[str, Any]:
     """Learning that goes on in a new learner, from what another one saved."""
     first = Learner(model().to(torch.bfloat16), OPTIM, name="lm")
     curve(first, steps=2, tokens_per_pass=72)
-    if dist.writes():
-        folder.mkdir(parents=True, exist_ok=True)
-        first.save(folder)
-    else:
-        first.attend()
-    dist.wait()
+    keep(first, folder)
     again = Learner(model().to(torch.bfloat16), OPTIM, name="lm")
     again.load(folder)
     dist.wait()
     return {"first": curve(first, steps=2, tokens_per_pass=72), "again": curve(again, steps=2, tokens_per_pass=72)}
+
+
+def keep(learner: Learner, folder: Path) -> None:
+    """Save as a checkpoint does: one rank into the folder, the others what they hold."""
+    if dist.writes():
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.wait()
+    if dist.writes():
+        learner.save(folder)
+    else:
+        learner.attend(folder)
+    dist.wait()
+
+
+def moved(folder: Path) -> dict[str, Any]:
+    """Four steps, of which the last two are taken by a learner under the other strategy, from what the first saved.
+
+    Both leave what they saved: `first`, and `last` after all four.
+    """
+    first = Learner(model(), OPTIM, name="lm", resident=False)
+    curve(first, steps=2, tokens_per_pass=72)
+    keep(first, folder / "first")
+    ranks = dist.ranks()
+    other = "zero3" if ranks is not None and ranks.settings.strategy == "ddp" else "ddp"
+    with contextlib.nullcontext() if ranks is None else under(replace(ranks, settings=STRATEGIES[other])):
+        last = Learner(model(), OPTIM, name="lm")
+        last.load(folder / "first")
+        found = curve(last, steps=2, tokens_per_pass=72)
+        keep(last, folder / "last")
+    return found
+
+
+def given(folder: Path) -> dict[str, Any]:
+    """Four steps of a model that of ranks with parts only the first has, the last two after it was saved."""
+    how: dict[str, Any] = {"name": "lm", "resident": False, "place": torch.device("cpu")}
+    first = Learner(shapes_or_model(), OPTIM, **how)
+    curve(first, steps=2, tokens_per_pass=72)
+    keep(first, folder)
+    again = Learner(shapes_or_model(), OPTIM, **how)
+    again.load(folder)
+    found = curve(again, steps=2, tokens_per_pass=72)
+    return found | {"rows": again.evaluate(batch(5), token_logprobs, 72).sum(1).tolist()}
+
+
+def shapes_or_model() -> nn.Module:
+    """The model; where ranks will hold parts of it, its shapes alone on all but the first."""
+    ranks = dist.ranks()
+    if ranks is None or ranks.settings.strategy == "ddp" or ranks.rank == 0:
+        return model()
+    with weights_without_numbers():
+        return model()
 
 
 class Messages(TorchDispatchMode):
@@ -201,7 +248,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
     """All of them under one strategy."""
     found = {"sft": sft(), "on the host": sft(resident=False), "one row": one_row(), "half": half()}
     found |= {"adapter": adapter(), "critic": critic(), "read": read(), "refused": refused()}
-    return found | {"saved": saved(folder)}
+    return found | {"saved": saved(folder), "moved": moved(folder / "moved"), "given": given(folder / "given")}
 
 
 def main(out: Path) -> None:

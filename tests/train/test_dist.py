@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from echelon.config import DistConfig
 from echelon.data.packing import Sampled, pack
 from echelon.errors import ConfigError
 from echelon.rollout import memory
-from echelon.train import dist
+from echelon.train import dist, parts
 from echelon.train.launcher import _ended, _parse
 from echelon.train.learner import Learner
 from tests.train import learning_together
@@ -174,7 +176,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run(words, env=around, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    return found | {"folder": out.parent}
 
 
 def same(found: Any, expected: Any, rel: float) -> None:
@@ -207,6 +209,8 @@ def test_twenty_clipped_steps_of_two_ranks_are_those_of_one_process(
         ("adapter", TO_THE_LETTER),
         ("critic", TO_THE_LETTER),
         ("read", TO_THE_LETTER),
+        ("moved", TO_THE_LETTER),
+        ("given", TO_THE_LETTER),
         ("half", ROUNDED),
         ("saved", ROUNDED),
     ],
@@ -222,6 +226,29 @@ def test_two_ranks_do_what_one_process_does(
 def test_learning_goes_on_from_what_ranks_saved_as_if_it_had_gone_on(two: dict[str, Any], strategy: str) -> None:
     saved = two[strategy]["saved"]
     assert saved["again"] == saved["first"]
+
+
+@pytest.mark.dist
+def test_one_process_goes_on_from_parts_that_two_ranks_have_written(alone: dict[str, Any], two: dict[str, Any]) -> None:
+    folder = two["folder"] / "zero3-saved" / "moved" / "first"
+    files = sorted(path.name for path in (folder / "optimizer").iterdir())
+    assert files == [f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)]
+    assert not (folder / "optimizer.safetensors").exists()
+    learner = Learner(learning_together.model(), learning_together.OPTIM, name="lm")
+    learner.load(folder)
+    same(learning_together.curve(learner, steps=2, tokens_per_pass=72), alone["moved"], TO_THE_LETTER)
+
+
+@pytest.mark.dist
+def test_each_rank_writes_its_part_alone(two: dict[str, Any]) -> None:
+    folder = two["folder"] / "zero3-saved" / "moved" / "first" / "optimizer"
+    whole = {name: shape for name, (shape, _) in parts.shapes(folder).items()}
+    numbers = 0
+    for file in folder.iterdir():
+        for name, tensor in load_file(file).items():
+            numbers += tensor.numel()
+            assert not tensor.ndim or len(tensor) <= -(-whole[name][0] // 2)
+    assert numbers == sum(map(math.prod, whole.values()))  # nothing is missing, and nothing is there twice
 
 
 @pytest.mark.dist

@@ -1,0 +1,354 @@
+"""vLLM's own server, in another process or on another machine, behind the two methods of a sampler.
+
+It is asked over HTTP, by token ids, and says token ids, log-probs, and which weights each token was drawn with. New
+weights reach it through a folder that it sees too. Starts no server, and knows nothing of how weights are trained.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from echelon.config import ServerConfig
+from echelon.errors import ConfigError, DataError, RolloutError, need
+from echelon.models import lora
+from echelon.models.lm import first_line
+from echelon.sampling.ends import Ending
+from echelon.sampling.vllm_engine import COLDEST, check_length, logprobs_of, settings
+from echelon.text.endpoint import trust
+from echelon.types import Completion, SamplingParams
+
+TRIES = 5
+"""So often a request is sent to a server that drops the connection, or has too much to do."""
+BACKOFF = 0.5
+"""Seconds before the second try; twice as many before each further one."""
+PART = 1 << 31
+"""Bytes of weights that are written into one file."""
+BUSY = (429, 502, 503, 504)
+"""Statuses of a server that may answer the next time."""
+
+
+class ServedSampler:
+    """Samples from a copy of a Hugging Face causal LM that a running `vllm serve` holds.
+
+    The server is given the weights when it is first asked or loaded, and must then compute what the module computes.
+    Each set of weights has a name that no other run uses; the server says it of every token, so that one that was
+    restarted, or that somebody else loads weights into, is found out. `longest` is how many tokens a prompt and its
+    answer may have together.
+
+    Raises MissingExtra without httpx2, and ConfigError for what cannot be: weights of few bits, several ranks.
+    """
+
+    def __init__(
+        self, module: nn.Module, tokenizer: Any, server: ServerConfig, *, longest: int, version: int = 0
+    ) -> None:
+        need("httpx2", "endpoint")
+        _check(module)
+        self.module, self.tokenizer, self.server = module, tokenizer, server
+        self.version = version
+        positions = getattr(settings(module).get_text_config(), "max_position_embeddings", None)
+        self.longest = min(longest, positions or longest)
+        self.url = server.url.rstrip("/")
+        self._model = ""
+        self._label = ""
+        self._run, self._numbers = secrets.token_hex(4), itertools.count(1)
+        self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._asked = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being answered."""
+        return not self._asked
+
+    async def sample(self, prompt: list[int], params: SamplingParams) -> Completion:
+        """One completion. `params.seed` alone decides what is drawn, given the prompt and the weights.
+
+        Stop strings and `stop_when` are looked for here, in the whole answer, and what was drawn after them is dropped.
+        Raises RolloutError for more tokens than fit, a server that cannot be reached, and one that holds other weights
+        than it was given; ConfigError for parameters that vLLM does not know.
+        """
+        assert prompt, "a prompt needs at least one token"
+        check_length(self.longest, prompt, params)
+        body = self._request(prompt, params)
+        if not self._model:
+            self._open(lora.merged_weights(self.module))
+            body = self._request(prompt, params)
+        label, version = self._label, self.version
+        slot = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.server.in_flight))
+        self._asked += 1
+        try:
+            async with slot:
+                said = await self._ask(body)
+        finally:
+            self._asked -= 1
+        tokens, logprobs = self._read(said, label)
+        ending = Ending(params, self.tokenizer)
+        for count in range(1, len(tokens) + 1):
+            if reason := ending.reason(tokens[:count]):
+                return ending.completion(tokens[:count], logprobs[:count], reason, version)
+        raise RolloutError(f"{self.url}: the server ended a completion where nothing ends it. Is it another model's?")
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Put full weights, by the names that the module's files have, in place of the server's, and have it forget all
+        keys and values. Without any weights, only the version changes.
+
+        Raises ConfigError and RolloutError for a server that does not take them.
+        """
+        assert not self._asked, "weights change between rollouts: a completion would mix old and new ones"
+        weights = iter(weights)
+        first = next(weights, None)
+        self.version = version
+        if first is None:
+            return
+        whole = itertools.chain([first], weights)
+        if self._model:
+            self._push(whole)
+        else:
+            self._open(whole)
+
+    def _open(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See what the server is, give it these weights, the module's, and see that it reads as the module."""
+        if _OPEN.get(self.url, self) is not self:
+            gc.collect()  # that of an earlier run in this process
+        if _OPEN.get(self.url, self) is not self:
+            raise ConfigError(
+                f"sampling.server.url = {self.url}: two levels, or rollouts ahead, with weights of their own would "
+                "load them into one server. Give each a server, or another sampler."
+            )
+        _OPEN[self.url] = self
+        found = self._call("GET", "/v1/models")["data"][0]
+        room = int(found.get("max_model_len") or self.longest)
+        if room < self.longest:
+            raise ConfigError(
+                f"sampling.server.url = {self.url}: the server has room for {room} tokens, and a prompt and its answer "
+                f"have up to {self.longest}. Start it with --max-model-len {self.longest}, or lower "
+                "sampling.max_prompt_tokens."
+            )
+        self._call("GET", "/weight_info")
+        self._push(weights)
+        self._model = str(found["id"])
+        try:
+            self._check_reading()
+        except BaseException:
+            self._model = ""
+            raise
+
+    def _push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Hand weights over: write them, have the server read them and forget what it has read with older ones."""
+        label = f"{self._run}-{next(self._numbers)}"
+        folder = Path(self.server.folder).expanduser().resolve() / f"weights-{label}"
+        try:
+            _write(self.module, weights, folder)
+            read = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            self._call("POST", "/collective_rpc", read)
+            self._forget()
+            self._call("POST", "/update_weight_version", {"new_version": label})
+        except OSError as error:
+            raise ConfigError(
+                f"sampling.server.folder = {self.server.folder}: weights cannot be written there "
+                f"({first_line(error).rstrip('.')}). Give a folder that this process may write and the server reads."
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._label = label
+
+    def _forget(self) -> None:
+        """Have the server forget all keys and values: at once, or when it has dropped what was given up here."""
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(BACKOFF * 2 ** (attempt - 1))
+            if self._call("POST", "/reset_prefix_cache", {}).get("success"):
+                return
+        raise RolloutError(
+            f"{self.url}: the server does not forget what it has read with older weights, because it answers somebody. "
+            "Give the run a server of its own."
+        )
+
+    def _request(self, prompt: list[int], params: SamplingParams) -> dict[str, Any]:
+        """The body of a request. Raises ConfigError for temperatures that vLLM would change."""
+        if 0 < params.temperature < COLDEST:
+            raise ConfigError(
+                f"temperature = {params.temperature}: vLLM draws at {COLDEST} or more. Give 0 for the most likely "
+                "token, or use --sampler local."
+            )
+        drawn = {
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "top_k": max(params.top_k, 0),
+            "top_p": params.top_p,
+            "repetition_penalty": params.repetition_penalty,
+            "seed": params.seed,
+            "stop_token_ids": list(params.stop_ids),
+            "ignore_eos": True,
+            "detokenize": False,
+            "logprobs": 0,
+        }
+        return {"model": self._model, "token_ids": list(prompt), "sampling_params": drawn}
+
+    async def _ask(self, body: Mapping[str, Any]) -> Any:
+        """What the server answers, over a connection that may break and be made again: the seed names the answer."""
+        http, why = need("httpx2", "endpoint"), ""
+        for attempt in range(TRIES):
+            if attempt:
+                await asyncio.sleep(BACKOFF * 2 ** (attempt - 1))
+            try:
+                async with http.AsyncClient(verify=trust(), timeout=self.server.timeout) as client:
+                    response = await client.post(f"{self.url}/inference/v1/generate", json=body)
+            except http.TimeoutException as error:
+                raise self._late() from error
+            except http.TransportError as error:
+                why = f"{type(error).__name__}: {error}"
+                continue
+            if response.status_code not in BUSY:
+                return self._answer("/inference/v1/generate", response)
+            why = f"status {response.status_code}"
+        raise self._silent(why)
+
+    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The same for what is asked between rollouts, once."""
+        http = need("httpx2", "endpoint")
+        try:
+            with http.Client(verify=trust(), timeout=self.server.timeout) as client:
+                response = client.request(method, f"{self.url}{path}", json=body)
+        except http.TimeoutException as error:
+            raise self._late() from error
+        except http.TransportError as error:
+            raise self._silent(f"{type(error).__name__}: {error}") from error
+        return self._answer(path, response)
+
+    def _answer(self, path: str, response: Any) -> Any:
+        """The body of an answer. Raises what a server without some setting, or that refuses the request, calls for."""
+        status = response.status_code
+        if status == 200:
+            try:
+                return response.json() if response.content else {}
+            except ValueError as error:
+                raise RolloutError(f"{self.url}: what answers at {path} is no vLLM server. Check the url.") from error
+        if status in (403, 404) and path == "/inference/v1/generate" and "model" not in response.text:
+            raise self._lacks("answers no token ids", "--enable-scale-out")
+        if status == 404 and path == "/v1/models":
+            raise RolloutError(f"{self.url}: what answers there is no vLLM server. Check sampling.server.url.")
+        if status == 404 and path != "/inference/v1/generate":
+            raise self._lacks("takes no weights", "VLLM_SERVER_DEV_MODE=1 in its environment")
+        said = _told(response)
+        if status == 400:
+            raise ConfigError(f"{self.url} refuses the request: {said}. Change that setting, or use --sampler local.")
+        if path == "/collective_rpc":
+            raise RolloutError(
+                f"{self.url}: the server cannot read the weights in {self.server.folder} (status {status}: {said}). "
+                "Give sampling.server.folder a folder that its machine sees under the same name, and serve this model."
+            )
+        raise RolloutError(f"{self.url}{path}: status {status}: {said}. See what the server prints.")
+
+    def _read(self, said: Any, label: str) -> tuple[list[int], list[float]]:
+        """Tokens and their log-probs. Raises RolloutError unless all were drawn with these weights."""
+        try:
+            (choice,) = said["choices"]
+            tokens = [int(token) for token in choice["token_ids"]]
+            logprobs = [min(float(entry["logprob"]), 0.0) for entry in choice["logprobs"]["content"]]
+            drawn = {str(span["version"]) for span in choice["weight_versions"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise RolloutError(
+                f"{self.url}: an answer without tokens, log-probs and the version of its weights. Serve with vLLM 0.32 "
+                "or later."
+            ) from error
+        if drawn != {label} or len(tokens) != len(logprobs):
+            raise RolloutError(
+                f"{self.url}: a completion was drawn with the weights {' and '.join(sorted(drawn))}, and the server "
+                f"was given {label}: it was restarted, or somebody else loads weights into it. Give the run a server "
+                "of its own, and go on with --resume."
+            )
+        return tokens, logprobs
+
+    def _check_reading(self) -> None:
+        """Raise unless the server gives the log-probs of the module, of the distribution that it draws from."""
+        prompt = [1, 2, 3, 4, 5, 6, 7]
+        weight = next(self.module.parameters())
+        for temperature in (0.0, 0.5):
+            params = SamplingParams(max_tokens=4, temperature=temperature)
+            said = self._call("POST", "/inference/v1/generate", self._request(prompt, params))
+            tokens, logprobs = self._read(said, self._label)
+            ours = logprobs_of(self.module, prompt, tokens, temperature=temperature or 1.0)
+            off = float((ours - torch.tensor(logprobs)).abs().mean())
+            if off <= (1e-3 if weight.dtype == torch.float32 else 0.1):
+                continue
+            if temperature:
+                raise self._lacks(
+                    "gives log-probs of another distribution than it draws from", "--logprobs-mode processed_logprobs"
+                )
+            raise DataError(
+                f"{type(self.module).__name__}: the server at {self.url} computes other log-probabilities than the "
+                f"model itself (by {off:.2g}). Serve the folder of this model, with --dtype "
+                f"{str(weight.dtype).removeprefix('torch.')}."
+            )
+
+    def _lacks(self, what: str, flag: str) -> ConfigError:
+        return ConfigError(f"sampling.server.url = {self.url}: the server {what}. Start it with {flag}.")
+
+    def _late(self) -> RolloutError:
+        return RolloutError(
+            f"{self.url}: no answer within {self.server.timeout:g} s. Raise sampling.server.timeout, or look at what "
+            "the server prints; go on with --resume."
+        )
+
+    def _silent(self, why: str) -> RolloutError:
+        return RolloutError(
+            f"{self.url}: no vLLM server answers there ({' '.join(why.split()).rstrip('.')}). Start it, or check "
+            "sampling.server.url; a run that had begun goes on with --resume."
+        )
+
+
+_OPEN: WeakValueDictionary[str, ServedSampler] = WeakValueDictionary()
+"""Whose weights each server holds."""
+
+
+def _check(module: nn.Module) -> None:
+    """Raise ConfigError for what a server cannot be given."""
+    if getattr(module, "is_quantized", False):
+        raise ConfigError(
+            "sampling.sampler = server: it is given full weights of the model that learns, and model.quantization "
+            "leaves none. Use --sampler local."
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"sampling.sampler = server: one process loads weights into it, and this run has "
+            f"{os.environ['WORLD_SIZE']} ranks. Use --sampler local, or start it without torchrun."
+        )
+
+
+def _told(response: Any) -> str:
+    """Why a server refuses, in a line that goes on."""
+    try:
+        said = str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        said = response.text
+    return " ".join(said.split())[:300].partition(" (parameter=")[0].rstrip(". ") or "it says nothing"
+
+
+def _write(module: nn.Module, weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Weights as a model folder, a part at a time; those that are one tensor under two names are written twice."""
+    folder.mkdir(parents=True)
+    settings(module).save_pretrained(folder)
+    part: dict[str, Tensor] = {}
+    numbers = itertools.count(1)
+    with torch.no_grad():
+        for name, weight in weights:
+            part[name] = weight.detach().to("cpu", copy=True).contiguous()
+            if sum(tensor.numel() * tensor.element_size() for tensor in part.values()) >= PART:
+                save_file(part, folder / f"model-{next(numbers):05}.safetensors", {"format": "pt"})
+                part = {}
+    if part:
+        save_file(part, folder / f"model-{next(numbers):05}.safetensors", {"format": "pt"})
