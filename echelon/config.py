@@ -320,6 +320,8 @@ class LogConfig:
     """Project (experiment) under which trackers file the run."""
     name: str = ""
     """What trackers call the run; empty is the name of the run directory."""
+    tokens: bool = True
+    """Episodes say each token with its id and its log-probability. Off, episodes.jsonl takes a quarter of the room."""
     quiet: bool = False
     """Nothing on the console while it trains; errors are said all the same. `--quiet` does the same."""
 

@@ -84,6 +84,13 @@ class Batch:
         pooled = x_BT.new_zeros(self.turns)
         return pooled.index_add(0, self.turn[self.mask], x_BT[self.mask])
 
+    def by_turn(self, x_BT: Float[Tensor, "B T"]) -> list[list[float]]:
+        """The numbers of each turn's tokens, in the order they were said, of a batch that has not been split."""
+        return [
+            x_BT[row, turns_T == number].tolist()
+            for number, (row, turns_T) in enumerate(zip(self.row_N.tolist(), self.turn[self.row_N], strict=True))
+        ]
+
     def at_end(self, x_N: Float[Tensor, "N"]) -> Float[Tensor, "B T"]:
         """One number per turn, placed on the last token of its action; zero elsewhere."""
         x_N = x_N.to(self.tokens.device)

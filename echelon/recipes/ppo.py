@@ -15,7 +15,7 @@ the value of the state it was cut off in; before its first update a value model 
 the mean return of the first batch; value model and policy are two models with an optimizer each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ from echelon.train.policy import PolicyConfig, reference_logprobs, starting_poli
 from echelon.train.shaping import Shaper, ShapingConfig
 from echelon.train.stale import AsyncConfig
 from echelon.train.value import before_turns, state_values, update_value, values_of
-from echelon.types import Episode
+from echelon.types import Episode, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +197,7 @@ def main(cfg: Config) -> None:
 
                 metrics = {**rollout_metrics(episodes), **given, **shaped, **judged, **learned}
                 log.metrics(step, metrics | trl_names(metrics, played, (step + 1) * cfg.episodes_per_step))
-                per_turn = {name: zip(turns, x_N.tolist(), strict=True) for name, x_N in columns.items()}
-                log.episodes(step, episode_rows(episodes[:8], decode=decoders(actor.role), per_turn=per_turn))
+                log.episodes(step, rows(actor, episodes[:8], batch, turns, columns))
                 if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     checkpoints.save(step + 1, parts)
 
@@ -267,6 +266,16 @@ def judge(
     batch.values, batch.returns = values_BT, returns_BT
     batch.advantages = masked_whiten(advantages_BT, batch.mask) if cfg.whiten else advantages_BT
     return columns, {name: float(number) for name, number in metrics.items()}
+
+
+def rows(
+    actor: Actor, episodes: Sequence[Episode], batch: Batch, turns: Sequence[Turn], columns: Mapping[str, Tensor]
+) -> Iterator[dict[str, Any]]:
+    """What episodes.jsonl says of these episodes: of each turn the columns, of each token its advantage."""
+    assert batch.advantages is not None
+    per_turn = {name: zip(turns, x_N.tolist(), strict=True) for name, x_N in columns.items()}
+    per_token = {"advantages": zip(turns, batch.by_turn(batch.advantages), strict=True)}
+    return episode_rows(episodes, decode=decoders(actor.role), per_turn=per_turn, per_token=per_token)
 
 
 Credit = tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"]]

@@ -37,7 +37,7 @@ Label: TypeAlias = int | Literal["auto", "latest", "best"]
 
 MAY_CHANGE = frozenset(
     {"steps", "epochs", "max_steps", "resume", "save_every", "keep_last", "threads", "dry_run", "traceback", "out"}
-    | {"log.to", "log.project", "log.name", "log.quiet", "dist.strategy", "dist.reshard_after_forward"}
+    | {"log.to", "log.project", "log.name", "log.quiet", "log.tokens", "dist.strategy", "dist.reshard_after_forward"}
     | {"dist.cpu_offload", "dist.reduce_every_pass", "dist.timeout", "sampling.ray.workers", "sampling.ray.address"}
     | {"sampling.ray.cpus", "sampling.ray.gpus", "sampling.ray.in_flight", "sampling.ray.timeout", "asynchronous.alarm"}
 )

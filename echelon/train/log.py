@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 HEADLINES = ("reward/mean", "eval/reward/mean", "accuracy", "loss")
 SECONDS_BETWEEN_LINES = 10.0
+BY_TOKEN = ("tokens", "ids", "logprobs", "advantages")
+"""What a turn says of each of its tokens."""
 
 
 class Log:
@@ -80,6 +82,7 @@ class Log:
         self._metrics, self._episodes = _append_to(metrics), _append_to(episodes)
         self._began, self._used = time.monotonic(), used()
         self._start, self._total, self._headline = start, total, tuple(headline)
+        self._by_token = config.tokens
         self._noted: set[str] = set()
         # Not what rich thinks of a pipe when colours are forced: escape codes do not belong in a file.
         watched = console.is_terminal if console else sys.stdout.isatty()
@@ -123,6 +126,9 @@ class Log:
     def episodes(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to `episodes.jsonl`: who said what, and what it earned (see `episode_rows`)."""
         for row in rows:
+            if not self._by_token:
+                turns = [{name: turn[name] for name in turn if name not in BY_TOKEN} for turn in row["turns"]]
+                row = {**row, "turns": turns}
             self._write(self._episodes, {"step": step, **row})
 
     def note(self, text: str) -> None:
@@ -199,22 +205,26 @@ def episode_rows(
     *,
     decode: Mapping[str, Callable[[list[int]], str]] | None = None,
     per_turn: Mapping[str, Iterable[tuple[Turn, float]]] | None = None,
+    per_token: Mapping[str, Iterable[tuple[Turn, Sequence[float]]]] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One row per episode for `Log.episodes`: task, seed, ending, reward, error, metrics, and its turns.
 
     A turn says index, role, parent, text and reward. For the roles in `decode` (role → its tokenizer's decode) it also
-    says `seen`: what its prompt adds to the role's previous turn on the branch, or all of the prompt if that was no
-    continuation. `per_turn` adds columns to the turns it names:
-    `{"advantage": zip(turns, advantages_N.tolist(), strict=True)}`.
+    says `seen`, what its prompt adds to the role's previous turn on the branch, or all of the prompt if that was no
+    continuation; and its `tokens` as texts, `ids` and `logprobs`. `per_turn` adds columns to the turns it names:
+    `{"advantage": zip(turns, advantages_N.tolist(), strict=True)}`, `per_token` a number for each of their tokens.
     """
     columns = {name: {id(turn): float(value) for turn, value in pairs} for name, pairs in (per_turn or {}).items()}
+    lists = {name: {id(turn): _short(values) for turn, values in pairs} for name, pairs in (per_token or {}).items()}
     for episode in episodes:
         turns = []
         for turn in episode.turns:
             said = {"index": turn.index, "role": turn.role, "parent": turn.parent}
-            seen = {"seen": decode[turn.role](_new_ids(episode, turn))} if decode and turn.role in decode else {}
-            extras = {name: values[id(turn)] for name, values in columns.items() if id(turn) in values}
-            turns.append(said | seen | {"text": turn.text, "reward": turn.reward} | extras)
+            read = decode.get(turn.role) if decode else None
+            seen = {"seen": read(_new_ids(episode, turn))} if read else {}
+            tokens = _tokens(turn, read) if read else {}
+            extras = {name: found[id(turn)] for name, found in (columns | lists).items() if id(turn) in found}
+            turns.append(said | seen | {"text": turn.text, "reward": turn.reward} | extras | tokens)
         yield {
             "task": episode.task,
             "seed": episode.seed,
@@ -239,6 +249,15 @@ def typed(*words: str) -> str:
     else:
         start = [str(program)]
     return shlex.join([*start, *words])
+
+
+def _tokens(turn: Turn, read: Callable[[list[int]], str]) -> dict[str, Any]:
+    return {"tokens": [read([token]) for token in turn.action], "ids": turn.action, "logprobs": _short(turn.logprobs)}
+
+
+def _short(values: Iterable[float]) -> list[float]:
+    """Rounded to what can be seen in a picture: they are many."""
+    return [round(value, 4) for value in values]
 
 
 def _new_ids(episode: Episode, turn: Turn) -> list[int]:

@@ -48,6 +48,7 @@ def test_turns_that_continue_each_other_share_a_row() -> None:
     assert (batch.turns, batch.denom) == (3, 4.0)
     assert batch.logprobs is not None
     assert batch.logprobs.tolist() == [[0, 0, -3, -4, 0, -6], [0, -8, 0, 0, 0, 0]]
+    assert batch.by_turn(batch.logprobs) == [[-3, -4], [-6], [-8]]
 
 
 def test_a_turn_that_changes_what_was_said_before_begins_a_row() -> None:

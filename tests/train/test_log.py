@@ -287,6 +287,21 @@ def test_a_transcript_says_who_said_what_and_what_it_earned() -> None:
     ]
 
 
+def test_a_transcript_says_each_token_unless_it_is_told_not_to(tmp_path: Path) -> None:
+    episode = dialogue()
+    first = episode.turns[0]
+    rows = [*episode_rows([episode], decode={"actor": str}, per_token={"advantages": [(first, [0.123456])]})]
+    said = {"tokens": [str([first.action[0]])], "ids": first.action, "logprobs": first.logprobs, "advantages": [0.1235]}
+    assert {name: rows[0]["turns"][0][name] for name in said} == said
+    assert not said.keys() & rows[0]["turns"][1].keys(), "nobody can read the tokens of the coach"
+    for tokens in (True, False):
+        with Log(tmp_path / str(tokens), total=1, quiet=True, config=LogConfig(tokens=tokens)) as log:
+            log.episodes(0, rows)
+        (row,) = map(json.loads, (tmp_path / str(tokens) / "episodes.jsonl").read_text().splitlines())
+        assert (said.keys() & row["turns"][0].keys() == said.keys()) is tokens
+        assert row["turns"][0]["text"] == "three"
+
+
 def test_a_transcript_shows_what_was_new_to_the_role_or_all_of_a_prompt_that_starts_anew() -> None:
     (row,) = episode_rows([dialogue()], decode={"actor": str})
     assert [turn.get("seen") for turn in row["turns"]] == ["[1, 2]", None, "[4]", "[7, 7]"]

@@ -18,7 +18,7 @@ index();
 const sifted = { run: "", role: "", ending: "", task: "", text: "", least: "", most: "", from: "", to: "", order: "told" };
 const PAGE = 60, TURNS = 150;
 let shade = "";
-let tokensBy = "";
+let tokensBy = "advantages";
 
 const roleColor = (role) => `var(--c${roles.indexOf(role) % 8})`;
 const outcome = (one) => (one.m && typeof one.m.win === "number" ? (one.m.win >= 1 ? "won" : "not won") : one.e || (one.x ? "failed" : "played"));
@@ -110,11 +110,11 @@ function optionsOf(turn, folded) {
 
 function tokensOf(turn) {
   const { tokens, ids, ...columns } = turn.z, names = Object.keys(columns);
-  const name = names.includes(tokensBy) ? tokensBy : names[0];
+  const name = names.includes(tokensBy) ? tokensBy : undefined;
   const most = name ? Math.max(...columns[name].map((value) => Math.abs(value || 0))) : 0;
   return el("p", { class: "said", dir: "auto" }, tokens.map((token, place) => {
     const said = [ids && `id ${ids[place]}`, ...names.map((one) => `${one} ${number(columns[one][place])}`)].filter(Boolean).join(" · ");
-    return el("span", { class: "tok", title: said, style: name ? { background: tint(columns[name][place], most) || "none" } : {} }, visible(token));
+    return el("span", { class: "tok", title: said, style: name ? { background: tint(columns[name][place], most) || "none" } : {} }, visible(token) || "∎");
   }));
 }
 
@@ -188,7 +188,7 @@ function controlsOf(one, again) {
   } });
   return el("div", { class: "bar" },
     choice("Shade turns by", [["", "nothing"], ["reward", "reward"], ...names.map((name) => [name, name])], names.includes(shade) || shade === "reward" ? shade : "", (key) => { shade = key; again(); }),
-    columns.length > 0 && choice("Shade tokens by", columns.map((name) => [name, name]), columns.includes(tokensBy) ? tokensBy : columns[0], (key) => { tokensBy = key; again(); }),
+    columns.length > 0 && choice("Shade tokens by", [["", "nothing"], ...columns.map((name) => [name, name])], columns.includes(tokensBy) ? tokensBy : "", (key) => { tokensBy = key; again(); }),
     other && el("button", { type: "button", text: `Beside step ${other.s}`, onclick: () => { const [a, b] = one.s < other.s ? [one, other] : [other, one]; location.hash = `compare=${a.id},${b.id}`; } }),
     copy);
 }
