@@ -41,7 +41,7 @@ class Asynchronous(Args):
     """Episodes per training step."""
     turns: int = 8
     """Turns per episode."""
-    latency: float = 0.07
+    latency: float = 0.05
     """Seconds until the environment answers, where it is trained on."""
     at_once: int = 64
     """Episodes at once, where nothing is trained."""
