@@ -114,7 +114,7 @@ function tokensOf(turn) {
   const most = name ? Math.max(...columns[name].map((value) => Math.abs(value || 0))) : 0;
   return el("p", { class: "said", dir: "auto" }, tokens.map((token, place) => {
     const said = [ids && `id ${ids[place]}`, ...names.map((one) => `${one} ${number(columns[one][place])}`)].filter(Boolean).join(" · ");
-    return el("span", { class: "tok", title: said, style: name ? { background: tint(columns[name][place], most) || "none" } : {} }, visible(token) || "∎");
+    return el("span", { class: token ? "tok" : "tok special", title: said, style: name ? { background: tint(columns[name][place], most) || "none" } : {} }, visible(token) || "∎");
   }));
 }
 
