@@ -9,6 +9,7 @@ Knows nothing of models or algorithms: names and numbers in, rows out. The clock
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 HEADLINES = ("reward/mean", "eval/reward/mean", "accuracy", "loss")
 SECONDS_BETWEEN_LINES = 10.0
+LONGEST_TRANSCRIPT = 20_000
+"""Characters of an episode that trackers get."""
 BY_TOKEN = ("tokens", "ids", "logprobs", "advantages")
 """What a turn says of each of its tokens."""
 
@@ -82,7 +85,7 @@ class Log:
         self._metrics, self._episodes = _append_to(metrics), _append_to(episodes)
         self._began, self._used = time.monotonic(), used()
         self._start, self._total, self._headline = start, total, tuple(headline)
-        self._by_token = config.tokens
+        self._by_token, self._tracked = config.tokens, bool(config.to)
         self._noted: set[str] = set()
         # Not what rich thinks of a pipe when colours are forced: escape codes do not belong in a file.
         watched = console.is_terminal if console else sys.stdout.isatty()
@@ -124,8 +127,11 @@ class Log:
             self._display.show(step + 1, rate=f"{rate:.3g} step/s", times=times, numbers=self._headlines(numbers))
 
     def episodes(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows to `episodes.jsonl`: who said what, and what it earned (see `episode_rows`)."""
-        for row in rows:
+        """Append rows to `episodes.jsonl`: who said what, and what it earned (see `episode_rows`). The first one goes
+        to trackers, too."""
+        for number, row in enumerate(rows):
+            if number == 0 and self._tracked and row["turns"]:
+                self._trackers.show(step, transcript(row))
             if not self._by_token:
                 turns = [{name: turn[name] for name in turn if name not in BY_TOKEN} for turn in row["turns"]]
                 row = {**row, "turns": turns}
@@ -234,6 +240,18 @@ def episode_rows(
             "metrics": dict(episode.metrics),
             "turns": turns,
         }
+
+
+def transcript(row: Mapping[str, Any]) -> str:
+    """A row of `episodes.jsonl` as Markdown in which nothing is HTML: who heard and said what, with its numbers."""
+    lines = [f"**{html.escape(row['task'])}**: {row['ending']}, {row['reward']:.4g}"]
+    for turn in row["turns"]:
+        if turn.get("seen"):
+            lines.append("> " + html.escape(turn["seen"]).replace("\n", "\n> "))
+        numbers = ", ".join(f"{name} {value:.3g}" for name, value in turn.items() if isinstance(value, float))
+        lines.append(f"**{turn['role']}** ({numbers}): {html.escape(turn['text'])}")
+    text = "\n\n".join(lines)
+    return text if len(text) <= LONGEST_TRANSCRIPT else text[:LONGEST_TRANSCRIPT] + " …"
 
 
 def typed(*words: str) -> str:

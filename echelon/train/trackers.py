@@ -1,13 +1,14 @@
 """Where metrics go besides the files of a run: TensorBoard, Weights & Biases, MLflow, trackio, if they are asked for.
 
 Each has a thread of its own, so neither a slow server nor a lost network holds up a step, and what goes wrong there is
-said once and ends that tracker only. Knows names and numbers; knows no model, and imports no library that is not asked
-for.
+said once and ends that tracker only. Knows names, numbers and texts; knows no model, and imports no library that is
+not asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -46,6 +47,13 @@ class Row(NamedTuple):
     numbers: dict[str, float]
 
 
+class Told(NamedTuple):
+    """An episode of one step, as Markdown in which nothing is HTML."""
+
+    step: int
+    text: str
+
+
 @dataclass(frozen=True)
 class Run:
     """What a tracker is told about a run."""
@@ -69,6 +77,10 @@ class Tracker(Protocol):
 
     def send(self, rows: Sequence[Row]) -> None:
         """Add rows, whose steps rise. May block; whatever it raises ends this tracker."""
+        ...
+
+    def show(self, told: Told) -> None:
+        """Add an episode of the step whose row came last. May block; whatever it raises ends the episodes here."""
         ...
 
     def close(self, *, failed: bool) -> None:
@@ -133,6 +145,11 @@ class Trackers:
             for channel in self._channels:
                 channel.rows.put(row)
 
+    def show(self, step: int, text: str) -> None:
+        """Hand an episode of the step whose row came last to every tracker and return at once."""
+        for channel in self._channels:
+            channel.rows.put(Told(step, text))
+
     def close(self, *, failed: bool = False) -> None:
         """Wait until everything is sent, or for half a minute."""
         for channel in self._channels:
@@ -151,8 +168,9 @@ class _Channel(threading.Thread):
 
     def __init__(self, name: str, run: Run) -> None:
         super().__init__(name=f"tracker-{name}", daemon=True)
-        self.rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self.rows: queue.SimpleQueue[Row | Told | None] = queue.SimpleQueue()
         self.failed = False
+        self._shows = True
         self._tracker, self._run, self._silent = name, run, False
         self.start()
 
@@ -179,10 +197,23 @@ class _Channel(threading.Thread):
             while waiting[-1] is not None and not self.rows.empty():
                 waiting.append(self.rows.get())
             ended = waiting[-1] is None
-            rows = [row for row in waiting if row is not None and row.step > tracker.seen]
-            if rows:
-                tracker.send(rows)
+            news = [item for item in waiting if item is not None and item.step > tracker.seen]
+            for kind, items in itertools.groupby(news, type):
+                if kind is Row:
+                    tracker.send([item for item in items if isinstance(item, Row)])
+                else:
+                    self._show(tracker, [item for item in items if isinstance(item, Told)])
         tracker.close(failed=self.failed)
+
+    def _show(self, tracker: Tracker, told: Sequence[Told]) -> None:
+        """Episodes may need a place of their own, such as MLflow's store of artifacts: numbers go on without it."""
+        try:
+            for one in told if self._shows else ():
+                tracker.show(one)
+        except Exception as error:
+            self._shows = False
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
+            self._run.note(f"{self._tracker} gets no more episodes ({reason}). They are in episodes.jsonl.")
 
 
 def _history(path: Path, start: int, stop: int) -> Iterator[Row]:
@@ -223,6 +254,9 @@ class _TensorBoard:
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()
         self._memory.keep(sent=rows[-1].step)
+
+    def show(self, told: Told) -> None:
+        self._writer.add_text("episode", told.text, told.step)
 
     def close(self, *, failed: bool) -> None:
         self._writer.close()
@@ -267,6 +301,10 @@ class _WandB:
             del self._sent[0]
         self._memory.keep(sent=self._sent[0][1])
 
+    def show(self, told: Told) -> None:
+        page = need("wandb", "wandb").Html(f"<pre style='white-space: pre-wrap'>{told.text}</pre>", inject=False)
+        self._run.log({"episode": page}, step=told.step)
+
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
         self._memory.keep(sent=self._sent[-1][1])
@@ -296,6 +334,9 @@ class _MLflow:
         metric = self._entities.Metric
         pairs = ((step, name, value) for step, numbers in rows for name, value in numbers.items())
         self._log("metrics", [metric(_mlflow_name(name), value, now, step) for step, name, value in pairs])
+
+    def show(self, told: Told) -> None:
+        self._client.log_text(self._id, told.text, f"episodes/step_{told.step:06d}.md")
 
     def close(self, *, failed: bool) -> None:
         self._client.set_terminated(self._id, status="FAILED" if failed else "FINISHED")
@@ -342,6 +383,9 @@ class _Trackio:
     def send(self, rows: Sequence[Row]) -> None:
         for step, numbers in rows:
             self._run.log(numbers, step=step)
+
+    def show(self, told: Told) -> None:
+        self._run.log({"episode": need("trackio", "trackio").Markdown(told.text)}, step=told.step)
 
     def close(self, *, failed: bool) -> None:
         self._run.finish()

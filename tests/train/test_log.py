@@ -305,3 +305,13 @@ def test_a_transcript_says_each_token_unless_it_is_told_not_to(tmp_path: Path) -
 def test_a_transcript_shows_what_was_new_to_the_role_or_all_of_a_prompt_that_starts_anew() -> None:
     (row,) = episode_rows([dialogue()], decode={"actor": str})
     assert [turn.get("seen") for turn in row["turns"]] == ["[1, 2]", None, "[4]", "[7, 7]"]
+
+
+def test_a_transcript_for_trackers_has_no_html_of_its_own() -> None:
+    turn = {"role": "actor", "seen": "a\n<b>", "text": "<script>", "reward": 1.0, "ids": [1]}
+    row = {"task": "t", "ending": "terminated", "reward": 0.5, "turns": [turn]}
+    assert log_module.transcript(row) == (
+        "**t**: terminated, 0.5\n\n> a\n> &lt;b&gt;\n\n**actor** (reward 1): &lt;script&gt;"
+    )
+    turn["text"] = "a" * 30_000
+    assert len(log_module.transcript(row)) == log_module.LONGEST_TRANSCRIPT + 2

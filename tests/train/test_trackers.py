@@ -6,10 +6,12 @@ With the real libraries, none of which reaches a network here; each is skipped w
 from __future__ import annotations
 
 import contextlib
+import html
 import importlib.util
 import json
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from echelon.config import LogConfig, ModelConfig
 from echelon.errors import ConfigError, MissingExtra
 from echelon.train import trackers
 from echelon.train.log import Log
-from echelon.train.trackers import OPEN, Row, Run
+from echelon.train.trackers import OPEN, Row, Run, Told, Trackers
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(OPEN)
@@ -223,6 +225,56 @@ def test_a_tracker_gets_every_row_with_its_step_and_the_settings(logged: Logged)
     assert "a" in str(kept.settings["stop"])
 
 
+def told_tensorboard(folder: Path) -> list[tuple[int, str]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload().Tensors("episode/text_summary")
+    return [(event.step, event.tensor_proto.string_val[0].decode()) for event in events]
+
+
+def told_wandb(folder: Path) -> list[tuple[int, str]]:
+    files = (folder / "wandb").glob("offline-run-*/files/media/html/episode_*.html")
+    pages = {int(file.stem.split("_")[1]): html.unescape(file.read_text()) for file in files}
+    return [(step, re.sub(r"(?s).*?<pre[^>]*>(.*)</pre>.*", r"\1", page)) for step, page in sorted(pages.items())]
+
+
+def told_mlflow(folder: Path) -> list[tuple[int, str]]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name(project_of(folder)).experiment_id])
+    place = Path(run.info.artifact_uri.removeprefix("file://")) / "episodes"
+    return [(int(file.stem.split("_")[1]), file.read_text()) for file in sorted(place.iterdir())]
+
+
+def told_trackio(folder: Path) -> list[tuple[int, str]]:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (run,) = SQLiteStorage.get_run_records(project_of(folder))
+    logs = SQLiteStorage.get_logs(project_of(folder), run["name"], run_id=run["id"])
+    return [(row["step"], row["episode"]["_value"]) for row in logs if "episode" in row]
+
+
+TOLD = {"tensorboard": told_tensorboard, "wandb": told_wandb, "mlflow": told_mlflow, "trackio": told_trackio}
+
+
+@every_tracker
+def test_a_tracker_gets_the_first_episode_of_each_step_as_text(logged: Logged) -> None:
+    def say(text: str) -> dict[str, Any]:
+        turn = {"index": 0, "role": "actor", "seen": "well?", "text": text, "reward": 1.0, "tokens": ["no"]}
+        return {"task": "t", "ending": "terminated", "reward": 1.0, "turns": [turn]}
+
+    config = LogConfig(to=(logged.tracker,), project=project_of(logged.folder))  # type: ignore[arg-type]
+    with Log(logged.folder, total=2, quiet=True, config=config, settings=Settings()) as log:
+        for step in range(2):
+            log.metrics(step, {"loss": 1.0})
+            log.episodes(step, [say(f"yes {step}"), say("another")])
+    numbers = [(step, row["loss"]) for step, row in logged.kept.rows if "loss" in row]
+    assert numbers == [(0, 1.0), (1, 1.0)]
+    told = TOLD[logged.tracker](logged.folder)
+    assert told == [(n, f"**t**: terminated, 1\n\n> well?\n\n**actor** (reward 1): yes {n}") for n in range(2)]
+
+
 @every_tracker
 def test_a_tracker_that_was_left_out_for_a_while_gets_the_rows_it_missed(logged: Logged) -> None:
     logged.run(0, 1, tracked=False)
@@ -339,6 +391,7 @@ class Fake:
     waits: threading.Event | None = None
     seen: int = -1
     got: list[int] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
 
     def open(self, run: Run) -> Fake:
@@ -348,6 +401,10 @@ class Fake:
     def send(self, rows: Sequence[Row]) -> None:
         self.reach("send")
         self.got += [row.step for row in rows]
+
+    def show(self, told: Told) -> None:
+        self.reach("show")
+        self.told.append(told)
 
     def close(self, *, failed: bool) -> None:
         self.reach("close")
@@ -404,6 +461,18 @@ def test_a_tracker_that_hangs_holds_up_no_step_and_is_given_up_at_the_end(
     said = [line for line in capsys.readouterr().out.splitlines() if "wandb" in line]
     line = "wandb gets no more metrics (had not sent everything after 0 seconds). All of them are in metrics.jsonl."
     assert said == [line]
+
+
+@pytest.mark.skipif(not FAKE.to, reason="wandb is not installed")
+def test_where_episodes_cannot_be_kept_numbers_go_on(tmp_path: Path, fake: Fake) -> None:
+    fake.breaks, notes = "show", []
+    several = Trackers(tmp_path, config=FAKE, settings=None, start=0, fresh=True, note=notes.append)
+    for step in range(3):
+        several.send(step, {"loss": 1.0})
+        several.show(step, "said")
+    several.close()
+    assert (fake.got, fake.told) == ([0, 1, 2], [])
+    assert notes == ["wandb gets no more episodes (ConnectionError: lost while show). They are in episodes.jsonl."]
 
 
 @pytest.mark.skipif(not FAKE.to, reason="wandb is not installed")
