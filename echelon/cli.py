@@ -210,7 +210,7 @@ def _run(recipe: str, words: list[str], package: str) -> None:
     if recipe not in known:
         meant = did_you_mean(recipe, [*known, "list", "doctor", "launch", "completion"])
         raise ConfigError(f"unknown recipe '{recipe}'.{meant} There are: {', '.join(known)}.")
-    from echelon import config
+    from echelon.config import loading
 
     module = importlib.import_module(f"{package}.{recipe.replace('-', '_')}")
     if "--help" in words or "-h" in words:
@@ -225,16 +225,17 @@ def _run(recipe: str, words: list[str], package: str) -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun and others like it set them
         _run_rank(recipe, module, files, flags)
     else:
-        module.main(config.load(module.Config, files, flags))
+        module.main(loading.load(module.Config, files, flags))
 
 
 def _run_rank(recipe: str, module: Any, files: list[str], flags: list[str]) -> None:
     """The same as one of several processes. What is wrong with the settings is said by rank 0 alone."""
     from echelon import config
+    from echelon.config import loading
     from echelon.train import dist
 
     try:
-        settings = config.load(module.Config, files, flags)
+        settings = loading.load(module.Config, files, flags)
         if not isinstance(settings, config.TrainConfig):
             raise ConfigError(f"{recipe} is work for one process. Run it without torchrun and without echelon launch.")
     except EchelonError as error:

@@ -216,11 +216,11 @@ def _sandbox() -> Finding:
 
 def _settings(recipe: str, files: list[str], flags: list[str], package: str) -> Iterator[Finding]:
     """What the settings of a recipe need, and whether it is here."""
-    from echelon import config
+    from echelon.config import loading
 
     module = importlib.import_module(f"{package}.{recipe.replace('-', '_')}")
     try:
-        cfg = config.load(module.Config, files, [*_somewhere(module.Config, files, flags), *flags])
+        cfg = loading.load(module.Config, files, [*_somewhere(module.Config, files, flags), *flags])
     except EchelonError as error:
         yield Finding("settings", "fails", " ".join(str(error).split()))
         return

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from echelon import config
+from echelon.config import loading
 from echelon.envs.arithmetic import PLACES, carried, column_sum, question, spell
 from echelon.models.lm import count_parameters, tiny
 from echelon.recipes import feedback
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     set_threads(args.threads)
-    cfg = config.load(feedback.Config, [args.settings], [])
+    cfg = loading.load(feedback.Config, [args.settings], [])
     draw = random.Random(args.seed)
     solver = [row for _ in range(args.sums) for row in student_says(cfg, draw, args)]
     coach = [coach_says(cfg, draw, args) for _ in range(args.remarks)]

@@ -31,14 +31,15 @@ def main(
     out: str = "runs/cartpole",
     env_id: str = "CartPole-v1",
     episodes: int = 300,
-    imitate: int = 600,
+    imitate: int = 1500,
     steps: int = 30,
     tests: int = 100,
 ) -> None:
     """Record episodes, imitate them, learn from the return by PPO with a critic of numbers, test before and after."""
     folder, short = Path(out), {"max_tokens": 8, "max_prompt_tokens": 64}
-    written = {"style": "bins", "bins": 99, "instruction": ""}
-    record = {"env_id": env_id, "env_settings": written, "ranges": "data", "policy": "medium", "episodes": episodes}
+    written = {"style": "bins", "bins": 29, "instruction": ""}
+    player = {"policy": "medium", "expert_share": 0.4}
+    record = {"env_id": env_id, "env_settings": written, "ranges": "data", **player, "episodes": episodes}
     run("control-data", record, folder / "data")
 
     imitation = {"model": {"path": str(SHAPE)}, "untrained": True, "data": {"path": [f"{out}/data/train.jsonl"]}}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from echelon import config
+from echelon.config import loading
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 OTHERS = ("asynchronous.py", "control.py", "curves.py", "feedback.py", "learning.py", "ray_rollouts.py", "tosca.py")
@@ -268,7 +268,7 @@ def test_every_method_is_tried_equally_often_with_settings_that_its_recipe_has(
             for point in method.sweep(task):
                 settings = run_settings(task, method, point, tmp_path, seed=1)
                 (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-                cfg = config.load(recipe.Config, [tmp_path / "run.yaml"], ["--out", str(tmp_path / "run")])
+                cfg = loading.load(recipe.Config, [tmp_path / "run.yaml"], ["--out", str(tmp_path / "run")])
                 assert cfg.keep_last > cfg.steps / cfg.save_every  # every checkpoint that is tested stays
                 wanted = task.flat_episodes if method.flat else task.level_episodes
                 assert method.offline or abs(cfg.steps * per_step(settings) - wanted) <= 4 * per_step(settings)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from echelon import cli
-from echelon.config import load
+from echelon.config.loading import load
 from echelon.errors import ConfigError
 from tests.test_docs import CODE, FENCE, LINK, columns, config_of, prose
 

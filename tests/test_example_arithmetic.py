@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from echelon import config
+from echelon.config import loading
 from echelon.envs.arithmetic import PLACES, carried, column_sum, last_number
 from echelon.recipes import feedback, sft
 
@@ -89,7 +89,7 @@ def test_texts_are_in_the_words_of_the_settings_file(example, made):
     assert any(" again " in prompt for prompt, _ in said(made / "solver.jsonl"))
     assert "again" in templates["retry"]
     assert heads["solve"] == "", "GRPO of the solver alone is shown the bare question, as a first attempt is"
-    cfg = config.load(feedback.Config, [SETTINGS])
+    cfg = loading.load(feedback.Config, [SETTINGS])
     draw, args = random.Random(0), example.arguments().parse_args(["--obeys", "1", "--guess", "0"])
     rows = [next(example.student_says(cfg, draw, args)) for _ in range(50)]
     prompts = {row["messages"][0]["content"] for row in rows}
@@ -98,13 +98,13 @@ def test_texts_are_in_the_words_of_the_settings_file(example, made):
 
 def test_the_settings_beside_the_texts_are_those_of_sft(made):
     for level in ("solver", "coach"):
-        cfg = config.load(sft.Config, [made / f"{level}.yaml"])
+        cfg = loading.load(sft.Config, [made / f"{level}.yaml"])
         assert cfg.out == str(made / level)
         assert cfg.data.path == (str(made / f"{level}.jsonl"),)
 
 
 def test_the_settings_file_begins_with_what_the_commands_leave(example):
-    cfg = config.load(feedback.Config, [SETTINGS])
+    cfg = loading.load(feedback.Config, [SETTINGS])
     out = example.arguments().parse_args([]).out
     assert (cfg.solver.model.path, cfg.coach.model.path) == (f"{out}/solver", f"{out}/coach")
     assert (cfg.env, cfg.env_settings["spaced"]) == ("arithmetic", True)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from echelon import cli, config
+from echelon import cli
+from echelon.config import loading
 from echelon.train.launcher import _parse
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -45,7 +46,7 @@ def test_the_script_for_ray_on_slurm_keeps_one_gpu_for_learning_and_gives_ray_th
     assert (learning, address, command) == ("0", "node1:20077", "launch")
     recipe, file, *flags = _parse(typed)[1]
     assert (recipe, file) == ("grpo", "settings.yaml")
-    settings = config.load(importlib.import_module("echelon.recipes.grpo").Config, [], flags)
+    settings = loading.load(importlib.import_module("echelon.recipes.grpo").Config, [], flags)
     assert (settings.sampling.sampler, settings.sampling.ray.workers, settings.sampling.ray.gpus) == ("ray", 7, 1.0)
     assert settings.resume
 
@@ -71,5 +72,5 @@ def test_the_command_in_the_file_of_a_cluster_is_one_of_ours() -> None:
     assert recipe in cli.recipes()
     assert file == "settings.yaml"
     flags += ["--env", "maze", "--model.path", "m"]
-    settings = config.load(importlib.import_module(f"echelon.recipes.{recipe}").Config, [], flags)
+    settings = loading.load(importlib.import_module(f"echelon.recipes.{recipe}").Config, [], flags)
     assert settings.sampling.ray.workers == 4

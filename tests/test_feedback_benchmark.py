@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from echelon import config
+from echelon.config import loading
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -31,7 +31,7 @@ def test_every_variant_has_settings_of_its_recipe_and_samples_the_same_tokens(be
         told = bench.settings_of(args, name, seed=3)
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(told))
         recipe = importlib.import_module(f"echelon.recipes.{'grpo' if variant.flat else 'feedback'}")
-        cfg = config.load(recipe.Config, [tmp_path / "run.yaml"], ["--out", str(tmp_path / "run")])
+        cfg = loading.load(recipe.Config, [tmp_path / "run.yaml"], ["--out", str(tmp_path / "run")])
         assert cfg.seed == 3
         assert cfg.steps * bench.tokens_per_step(told) == pytest.approx(args.tokens, rel=0.05), name
         assert cfg.keep_last > cfg.steps / cfg.save_every, "every checkpoint that is tested stays"

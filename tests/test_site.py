@@ -16,7 +16,7 @@ import pytest
 
 import echelon
 from echelon import cli
-from echelon.config import _settings
+from echelon.config.loading import settings_of
 from tests.test_docs import CODE, ROOT, columns, config_of
 
 DOCS = ROOT / "docs"
@@ -72,7 +72,7 @@ def test_every_setting_has_its_default_and_its_text_on_the_page_of_its_recipe(re
     pages, kind = site("pages"), config_of(recipe)
     page = pages.settings_page(recipe, "")
     options = re.findall(r"^\.\. option:: --(\S+)\n\n   (.+)$", page, re.MULTILINE)
-    values = {name for name, type_ in _settings(kind).items() if not dataclasses.is_dataclass(type_)}
+    values = {name for name, type_ in settings_of(kind).items() if not dataclasses.is_dataclass(type_)}
     assert {flag.replace("-", "_") for flag, _ in options} == values
     assert [flag for flag, text in options if text.lstrip().startswith("Takes")] == [], "no text"
 

@@ -17,7 +17,8 @@ from typing import Any, get_origin
 
 from _site.docstrings import to_rst
 from _site.links import ROOT, ROOT_PAGES, is_module, module_name, rewritten, shown_files
-from echelon import cli, config
+from echelon import cli
+from echelon.config import loading
 
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sbatch": "bash"}
 
@@ -71,14 +72,14 @@ def settings_page(recipe: str, summary: str) -> str:
     """Every setting of a recipe: its flag, what it takes, its default, and the text under the field."""
     kind = importlib.import_module(f"echelon.recipes.{recipe.replace('-', '_')}").Config
     named = f"``echelon {recipe}``: {to_rst(summary)}\n\n.. program:: echelon {recipe}\n\n"
-    return f":orphan:\n\n{heading(recipe)}{named}" + "".join(_block(kind, config._settings(kind)))
+    return f":orphan:\n\n{heading(recipe)}{named}" + "".join(_block(kind, loading.settings_of(kind)))
 
 
 def _block(kind: type, settings: dict[str, Any], prefix: str = "", values: Any = None) -> Iterator[str]:
     """The settings of a block, then those of the blocks in it, each under its own heading."""
     inner, own = [], _strings(kind)
     for entry in sorted(dataclasses.fields(kind), key=lambda entry: entry.name not in own):  # what all have comes last
-        default = config._class_default(entry) if values is None else getattr(values, entry.name)
+        default = loading.class_default(entry) if values is None else getattr(values, entry.name)
         if dataclasses.is_dataclass(settings[name := prefix + entry.name]):
             inner.append((entry.name, settings[name], default))
         else:
@@ -101,14 +102,14 @@ def _paragraphs(*texts: str) -> str:
 
 def _setting(name: str, kind: Any, default: Any, said: str) -> str:
     worth = "It has to be given" if default is dataclasses.MISSING else f"Default: ``{shown(default)}``"
-    takes = "keys and values" if get_origin(kind) is dict else to_rst(config._expected(kind))
+    takes = "keys and values" if get_origin(kind) is dict else to_rst(loading.expected(kind))
     body = f"{to_rst(said)}\n\nTakes {takes}. {worth}. In a file: ``{name}``.\n\n"
-    return f".. option:: {config._flag(name)}\n\n{textwrap.indent(body, '   ')}"
+    return f".. option:: {loading.flag_of(name)}\n\n{textwrap.indent(body, '   ')}"
 
 
 def shown(value: Any) -> str:
     """A default as a file of settings has it; nothing is shown as empty."""
-    return "empty" if value in ("", (), {}) else "none" if value is None else config._show(value)
+    return "empty" if value in ("", (), {}) else "none" if value is None else loading.show(value)
 
 
 @cache

@@ -25,17 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from echelon.config import (
-    LoraConfig,
-    ModelConfig,
-    OptimConfig,
-    SamplingConfig,
-    Settings,
-    TrainConfig,
-    demand,
-    require,
-    to_yaml,
-)
+from echelon.config import LoraConfig, ModelConfig, OptimConfig, SamplingConfig, Settings, TrainConfig, demand, require
+from echelon.config.loading import to_yaml
 from echelon.data.packing import Batch, Sampled, pack, pack_branches
 from echelon.data.recorded import read_transitions
 from echelon.data.replay import Replay, Transition, examples, mc_returns, transitions

@@ -27,7 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from echelon.config import LoraConfig, ModelConfig, OptimConfig, SamplingConfig, TaskConfig, demand, require, to_yaml
+from echelon.config import LoraConfig, ModelConfig, OptimConfig, SamplingConfig, TaskConfig, demand, require
+from echelon.config.loading import to_yaml
 from echelon.data.packing import pack
 from echelon.envs import EnvSpec
 from echelon.envs.gymnasium import PREFIX

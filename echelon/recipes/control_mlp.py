@@ -26,7 +26,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from echelon.config import OptimConfig, Settings, TrainConfig, demand, require, to_yaml
+from echelon.config import OptimConfig, Settings, TrainConfig, demand, require
+from echelon.config.loading import to_yaml
 from echelon.data.control import read_arrays
 from echelon.envs.vector import Lanes
 from echelon.errors import ConfigError, DataError

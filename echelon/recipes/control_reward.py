@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from echelon.config import OptimConfig, TrainConfig, demand, require, to_yaml
+from echelon.config import OptimConfig, TrainConfig, demand, require
+from echelon.config.loading import to_yaml
 from echelon.data.control import CODEC, read_arrays, read_codec
 from echelon.errors import DataError
 from echelon.models.lm import pick_device

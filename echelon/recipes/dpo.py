@@ -74,8 +74,16 @@ def main(cfg: Config) -> None:
     render = partial(render_pairs, max_tokens=cfg.max_tokens, drop=cfg.too_long == "drop")
     train, notes = render(actor.renderer, data.train)
     held_out, more_notes = render(actor.renderer, data.held_out)
-    steps, kept = total_steps(cfg, len(train)), {"name": "actor", "tokenizer": actor.tokenizer}
-    learner = Learner(actor.module, cfg.optim, total_steps=steps, resident=False, place=actor.place, **kept)
+    steps = total_steps(cfg, len(train))
+    learner = Learner(
+        actor.module,
+        cfg.optim,
+        total_steps=steps,
+        resident=False,
+        place=actor.place,
+        name="actor",
+        tokenizer=actor.tokenizer,
+    )
     if lays_end_to_end(actor.module):
         learner.read(check_end_to_end)
     share = learner.read(shares_prompts)

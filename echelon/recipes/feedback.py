@@ -23,7 +23,8 @@ from typing import Literal
 
 import torch
 
-from echelon.config import LoraConfig, TaskConfig, demand, overridden, require, to_yaml
+from echelon.config import LoraConfig, TaskConfig, demand, require
+from echelon.config.loading import overridden, to_yaml
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError
 from echelon.rollout.evaluate import rollout_metrics

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from echelon.config import LoraConfig, ModelConfig, SamplingConfig, TaskConfig, demand, require, to_yaml
+from echelon.config import LoraConfig, ModelConfig, SamplingConfig, TaskConfig, demand, require
+from echelon.config.loading import to_yaml
 from echelon.data.packing import Batch, pack, pack_siblings
 from echelon.envs import EnvSpec
 from echelon.models.lm import shares_prompts

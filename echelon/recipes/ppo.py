@@ -25,17 +25,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from echelon.config import (
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimConfig,
-    SamplingConfig,
-    TaskConfig,
-    demand,
-    require,
-    to_yaml,
-)
+from echelon.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplingConfig, TaskConfig, demand, require
+from echelon.config.loading import to_yaml
 from echelon.data.packing import Batch, pack
 from echelon.envs import EnvSpec
 from echelon.ops import credit

@@ -23,7 +23,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from echelon.config import LoraConfig, ModelConfig, OptimConfig, SamplingConfig, TaskConfig, demand, require, to_yaml
+from echelon.config import LoraConfig, ModelConfig, OptimConfig, SamplingConfig, TaskConfig, demand, require
+from echelon.config.loading import to_yaml
 from echelon.data.candidates import CandidateReplay, Choice, Options
 from echelon.data.packing import Batch, Sampled, pack
 from echelon.errors import DataError

@@ -21,16 +21,8 @@ from pathlib import Path
 
 import torch
 
-from echelon.config import (
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    SamplingConfig,
-    TaskConfig,
-    demand,
-    require,
-    to_yaml,
-)
+from echelon.config import DataConfig, LoraConfig, ModelConfig, SamplingConfig, TaskConfig, demand, require
+from echelon.config.loading import to_yaml
 from echelon.data.strategies import TransitionConfig
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError

@@ -52,8 +52,15 @@ def main(cfg: Config) -> None:
     train = tokenised(data.train, actor, cfg, notes)
     held_out = tokenised(data.held_out, actor, cfg, notes, what="held-out conversations")
     steps = total_steps(cfg, len(train))
-    kept = {"name": "actor", "tokenizer": actor.tokenizer}
-    learner = Learner(actor.module, cfg.optim, total_steps=steps, resident=False, place=actor.place, **kept)
+    learner = Learner(
+        actor.module,
+        cfg.optim,
+        total_steps=steps,
+        resident=False,
+        place=actor.place,
+        name="actor",
+        tokenizer=actor.tokenizer,
+    )
     lay_out = layout(cfg, learner)
     if cfg.dry_run:
         print(*notes, sep="\n", end="\n" if notes else "")

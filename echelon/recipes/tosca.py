@@ -27,7 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from echelon.config import DataConfig, LoraConfig, ModelConfig, SamplingConfig, TaskConfig, demand, require, to_yaml
+from echelon.config import DataConfig, LoraConfig, ModelConfig, SamplingConfig, TaskConfig, demand, require
+from echelon.config.loading import to_yaml
 from echelon.data.candidates import CandidateReplay, Choice
 from echelon.data.strategies import TransitionConfig, file_rewards, load_transitions, transitions_to_choices
 from echelon.envs import EnvSpec

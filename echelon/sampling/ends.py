@@ -37,6 +37,17 @@ class Ending:
         return Completion(tokens, logprobs, text, reason, version)
 
 
+def cut(
+    tokens: list[int], logprobs: list[float], params: SamplingParams, tokenizer: Any, version: int
+) -> Completion | None:
+    """An answer that was drawn without looking, up to the token that ends it; None if none does."""
+    ending = Ending(params, tokenizer)
+    for count in range(1, len(tokens) + 1):
+        if reason := ending.reason(tokens[:count]):
+            return ending.completion(tokens[:count], logprobs[:count], reason, version)
+    return None
+
+
 class _Text:
     """Text of tokens as they arrive, decoding only the newest ones: for stop strings and predicates."""
 

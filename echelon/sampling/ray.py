@@ -29,7 +29,8 @@ from echelon.errors import ConfigError, EchelonError, RolloutError, need
 from echelon.models import lora
 from echelon.models.lm import first_line
 from echelon.sampling.cache import hashes
-from echelon.sampling.ends import Ending
+from echelon.sampling.copied import check_copyable
+from echelon.sampling.ends import cut
 from echelon.sampling.ray_worker import Worker, learning, numbers_of, taken_apart
 from echelon.types import Completion, SamplingParams
 
@@ -90,7 +91,7 @@ class RaySampler:
         pool = self._opened()
         said, place = await pool.thread.result(pool.ask(self._model, prompt, replace(params, stop_when=None)))
         if params.stop_when is not None:
-            said = _cut(said, params, self.tokenizer)
+            said = cut(said.tokens, said.logprobs, params, self.tokenizer, said.version) or said
         pool.thread.soon(self._model.settle, place, [*prompt, *said.tokens])
         return said
 
@@ -475,20 +476,11 @@ def _connect(settings: RayConfig) -> None:
 
 def _check(module: nn.Module) -> None:
     """Raise ConfigError for what workers cannot serve."""
-    if getattr(module, "is_quantized", False):
-        raise ConfigError(
-            "sampling.sampler = ray: workers are sent the weights of the model that learns, and model.quantization "
-            "leaves none that could be. Use --sampler local."
-        )
+    check_copyable(module, "ray")
     if any(type(part).__module__.startswith("transformers_modules") for part in module.modules()):
         raise ConfigError(
             f"sampling.sampler = ray: {type(module).__name__} is code from the model's folder, which workers do not "
             "have. Use --sampler local."
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"sampling.sampler = ray: one process asks the workers, and this run has {os.environ['WORLD_SIZE']} ranks. "
-            "Use --sampler local, or start it without torchrun."
         )
 
 
@@ -501,15 +493,6 @@ def _reason(error: Any) -> tuple[str, EchelonError | None]:
     """Why a worker could not do what it was told; and what would hold for every other one, too."""
     cause = getattr(error, "cause", None)
     return first_line(error if cause is None else cause), cause if isinstance(cause, EchelonError) else None
-
-
-def _cut(said: Completion, params: SamplingParams, tokenizer: Any) -> Completion:
-    """A completion that ends where its request's predicate ends it."""
-    ending = Ending(params, tokenizer)
-    for count in range(1, len(said.tokens) + 1):
-        if reason := ending.reason(said.tokens[:count]):
-            return ending.completion(said.tokens[:count], said.logprobs[:count], reason, said.version)
-    return said
 
 
 def _put(numbers: Any) -> Any:

@@ -54,7 +54,9 @@ class Worker:
 
     def _named(self, name: int) -> Held:
         """A model, of which what is asked of it may be known before the model itself is there."""
-        return self.held.setdefault(name, Held(self.device, self.share))
+        if name not in self.held:
+            self.held[name] = Held(self.device, self.share)
+        return self.held[name]
 
 
 class Held:

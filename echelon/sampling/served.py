@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import os
 import secrets
 import shutil
 import time
@@ -26,8 +25,9 @@ from echelon.config import ServerConfig
 from echelon.errors import ConfigError, DataError, RolloutError, need
 from echelon.models import lora
 from echelon.models.lm import first_line
-from echelon.sampling.ends import Ending
-from echelon.sampling.vllm_engine import COLDEST, check_length, logprobs_of, settings
+from echelon.sampling.copied import check_copyable, within
+from echelon.sampling.ends import cut
+from echelon.sampling.vllm_engine import check_length, drawing, logprobs_of, settings
 from echelon.text.endpoint import trust
 from echelon.types import Completion, SamplingParams
 
@@ -56,11 +56,10 @@ class ServedSampler:
         self, module: nn.Module, tokenizer: Any, server: ServerConfig, *, longest: int, version: int = 0
     ) -> None:
         need("httpx2", "endpoint")
-        _check(module)
+        check_copyable(module, "server")
         self.module, self.tokenizer, self.server = module, tokenizer, server
         self.version = version
-        positions = getattr(settings(module).get_text_config(), "max_position_embeddings", None)
-        self.longest = min(longest, positions or longest)
+        self.longest = within(module, longest)
         self.url = server.url.rstrip("/")
         self._model = ""
         self._label = ""
@@ -82,23 +81,20 @@ class ServedSampler:
         """
         assert prompt, "a prompt needs at least one token"
         check_length(self.longest, prompt, params)
-        body = self._request(prompt, params)
+        drawn = drawing(params)
         if not self._model:
             self._open(lora.merged_weights(self.module))
-            body = self._request(prompt, params)
         label, version = self._label, self.version
         slot = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.server.in_flight))
         self._asked += 1
         try:
             async with slot:
-                said = await self._ask(body)
+                said = await self._ask(self._request(prompt, drawn))
         finally:
             self._asked -= 1
         tokens, logprobs = self._read(said, label)
-        ending = Ending(params, self.tokenizer)
-        for count in range(1, len(tokens) + 1):
-            if reason := ending.reason(tokens[:count]):
-                return ending.completion(tokens[:count], logprobs[:count], reason, version)
+        if answer := cut(tokens, logprobs, params, self.tokenizer, version):
+            return answer
         raise RolloutError(f"{self.url}: the server ended a completion where nothing ends it. Is it another model's?")
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -177,25 +173,7 @@ class ServedSampler:
             "Give the run a server of its own."
         )
 
-    def _request(self, prompt: list[int], params: SamplingParams) -> dict[str, Any]:
-        """The body of a request. Raises ConfigError for temperatures that vLLM would change."""
-        if 0 < params.temperature < COLDEST:
-            raise ConfigError(
-                f"temperature = {params.temperature}: vLLM draws at {COLDEST} or more. Give 0 for the most likely "
-                "token, or use --sampler local."
-            )
-        drawn = {
-            "max_tokens": params.max_tokens,
-            "temperature": params.temperature,
-            "top_k": max(params.top_k, 0),
-            "top_p": params.top_p,
-            "repetition_penalty": params.repetition_penalty,
-            "seed": params.seed,
-            "stop_token_ids": list(params.stop_ids),
-            "ignore_eos": True,
-            "detokenize": False,
-            "logprobs": 0,
-        }
+    def _request(self, prompt: list[int], drawn: Mapping[str, Any]) -> dict[str, Any]:
         return {"model": self._model, "token_ids": list(prompt), "sampling_params": drawn}
 
     async def _ask(self, body: Mapping[str, Any]) -> Any:
@@ -279,7 +257,7 @@ class ServedSampler:
         weight = next(self.module.parameters())
         for temperature in (0.0, 0.5):
             params = SamplingParams(max_tokens=4, temperature=temperature)
-            said = self._call("POST", "/inference/v1/generate", self._request(prompt, params))
+            said = self._call("POST", "/inference/v1/generate", self._request(prompt, drawing(params)))
             tokens, logprobs = self._read(said, self._label)
             ours = logprobs_of(self.module, prompt, tokens, temperature=temperature or 1.0)
             off = float((ours - torch.tensor(logprobs)).abs().mean())
@@ -313,20 +291,6 @@ class ServedSampler:
 
 _OPEN: WeakValueDictionary[str, ServedSampler] = WeakValueDictionary()
 """Whose weights each server holds."""
-
-
-def _check(module: nn.Module) -> None:
-    """Raise ConfigError for what a server cannot be given."""
-    if getattr(module, "is_quantized", False):
-        raise ConfigError(
-            "sampling.sampler = server: it is given full weights of the model that learns, and model.quantization "
-            "leaves none. Use --sampler local."
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"sampling.sampler = server: one process loads weights into it, and this run has "
-            f"{os.environ['WORLD_SIZE']} ranks. Use --sampler local, or start it without torchrun."
-        )
 
 
 def _told(response: Any) -> str:

@@ -6,7 +6,6 @@ here. Knows nothing of how weights are trained.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from echelon.errors import ConfigError, need
 from echelon.models import lora
 from echelon.sampling.cache import default_budget
-from echelon.sampling.vllm_engine import BLOCK, Engine, Voice, ranks, settings, undisturbed, width
+from echelon.sampling.copied import check_copyable, within
+from echelon.sampling.vllm_engine import BLOCK, Engine, Voice, ranks, undisturbed, width
 from echelon.types import Completion, SamplingParams
 
 
@@ -55,8 +55,7 @@ class VllmSampler:
         speaks = lora.speaking(module) if adapter is None else adapter
         if apart:
             _check_adapter(module, speaks)
-        positions = getattr(settings(module).get_text_config(), "max_position_embeddings", None)
-        longest = min(longest, positions or longest)
+        longest = within(module, longest)
         wanted = cache_tokens or min(default_budget(module), concurrency * (longest + BLOCK))
         room = max(wanted, longest + 2 * BLOCK)
         self._voice = Voice(module, tokenizer, speaks if apart else None, version, longest, room)
@@ -116,16 +115,7 @@ def _check(module: nn.Module, sleep: bool) -> None:
     """Raise ConfigError for what this engine cannot serve."""
     platform = need("vllm.platforms", "vllm").current_platform
     device = next(module.parameters()).device
-    if getattr(module, "is_quantized", False):
-        raise ConfigError(
-            "sampling.sampler = vllm: it takes full weights from the model that learns, and model.quantization leaves "
-            "none. Use --sampler local."
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"sampling.sampler = vllm: it lives in one process, and this run has {os.environ['WORLD_SIZE']} ranks. "
-            "Use --sampler local, or start it without torchrun."
-        )
+    check_copyable(module, "vllm")
     if device.type != platform.device_type:
         raise ConfigError(
             f"sampling.sampler = vllm: the vLLM that is installed runs on {platform.device_type} and the model "

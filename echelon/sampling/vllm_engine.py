@@ -400,29 +400,34 @@ def ranks() -> tuple[int, ...]:
     return found
 
 
-def _translated(params: SamplingParams) -> Any:
-    """The same for vLLM. Raises ConfigError, one line, for what it refuses."""
-    vllm = need("vllm.sampling_params", "vllm")
+def drawing(params: SamplingParams) -> dict[str, Any]:
+    """How vLLM is told to draw, by the names it has for it. Raises ConfigError for temperatures it would change."""
     if 0 < params.temperature < COLDEST:
         raise ConfigError(
             f"temperature = {params.temperature}: vLLM draws at {COLDEST} or more. Give 0 for the most likely token, "
             "or use --sampler local."
         )
-    watched = params.stop or params.stop_when is not None
+    return {
+        "max_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "top_k": max(params.top_k, 0),
+        "top_p": params.top_p,
+        "repetition_penalty": params.repetition_penalty,
+        "seed": params.seed,
+        "stop_token_ids": list(params.stop_ids),
+        "ignore_eos": True,
+        "detokenize": False,
+        "logprobs": 0,
+    }
+
+
+def _translated(params: SamplingParams) -> Any:
+    """The same for vLLM in this process. Raises ConfigError, one line, for what it refuses."""
+    vllm = need("vllm.sampling_params", "vllm")
+    drawn, watched = drawing(params), params.stop or params.stop_when is not None
+    kind = vllm.RequestOutputKind.DELTA if watched else vllm.RequestOutputKind.FINAL_ONLY
     try:
-        return vllm.SamplingParams(
-            max_tokens=params.max_tokens,
-            temperature=params.temperature,
-            top_k=max(params.top_k, 0),
-            top_p=params.top_p,
-            repetition_penalty=params.repetition_penalty,
-            seed=params.seed,
-            stop_token_ids=list(params.stop_ids),
-            ignore_eos=True,
-            detokenize=False,
-            logprobs=0,
-            output_kind=vllm.RequestOutputKind.DELTA if watched else vllm.RequestOutputKind.FINAL_ONLY,
-        )
+        return vllm.SamplingParams(**drawn, output_kind=kind)
     except (ValueError, need("vllm.exceptions", "vllm").VLLMError) as error:
         reason = first_line(error).partition(" (parameter=")[0].rstrip(".")
         raise ConfigError(f"vLLM cannot draw so: {reason}. Change that setting, or use --sampler local.") from error

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from echelon.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig, demand, require, to_yaml
+from echelon.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig, demand, require
+from echelon.config.loading import to_yaml
 from echelon.errors import CheckpointError
 from echelon.seeds import derive_seed
 from echelon.train import dist

@@ -143,18 +143,18 @@ class Trackers:
         if self._channels:
             row = Row(step, {name: value for name, value in numbers.items() if math.isfinite(value)})
             for channel in self._channels:
-                channel.rows.put(row)
+                channel.coming.put(row)
 
     def show(self, step: int, text: str) -> None:
         """Hand an episode of the step whose row came last to every tracker and return at once."""
         for channel in self._channels:
-            channel.rows.put(Told(step, text))
+            channel.coming.put(Told(step, text))
 
     def close(self, *, failed: bool = False) -> None:
         """Wait until everything is sent, or for half a minute."""
         for channel in self._channels:
             channel.failed = failed
-            channel.rows.put(None)
+            channel.coming.put(None)
         until = time.monotonic() + SECONDS_TO_FINISH
         for channel in self._channels:
             channel.join(max(until - time.monotonic(), 0.0))
@@ -164,11 +164,11 @@ class Trackers:
 
 
 class _Channel(threading.Thread):
-    """Rows on their way to one tracker."""
+    """Rows and episodes on their way to one tracker."""
 
     def __init__(self, name: str, run: Run) -> None:
         super().__init__(name=f"tracker-{name}", daemon=True)
-        self.rows: queue.SimpleQueue[Row | Told | None] = queue.SimpleQueue()
+        self.coming: queue.SimpleQueue[Row | Told | None] = queue.SimpleQueue()
         self.failed = False
         self._shows = True
         self._tracker, self._run, self._silent = name, run, False
@@ -178,14 +178,13 @@ class _Channel(threading.Thread):
         try:
             self._work()
         except Exception as error:  # whatever it is, the run does not depend on it
-            self.give_up(" ".join(f"{type(error).__name__}: {error}".split()))
+            self.give_up(f"{type(error).__name__}: {error}")
 
     def give_up(self, because: str) -> None:
         """Say once that this tracker is lost."""
         if not self._silent:
             self._silent = True
-            reason = textwrap.shorten(because, 240, placeholder=" …")
-            self._run.note(f"{self._tracker} gets no more metrics ({reason}). All of them are in metrics.jsonl.")
+            self._miss("metrics", because, "All of them")
 
     def _work(self) -> None:
         tracker = OPEN[self._tracker](self._run)
@@ -193,9 +192,9 @@ class _Channel(threading.Thread):
             tracker.send(earlier)
         ended = False
         while not ended:
-            waiting = [self.rows.get()]
-            while waiting[-1] is not None and not self.rows.empty():
-                waiting.append(self.rows.get())
+            waiting = [self.coming.get()]
+            while waiting[-1] is not None and not self.coming.empty():
+                waiting.append(self.coming.get())
             ended = waiting[-1] is None
             news = [item for item in waiting if item is not None and item.step > tracker.seen]
             for kind, items in itertools.groupby(news, type):
@@ -212,8 +211,11 @@ class _Channel(threading.Thread):
                 tracker.show(one)
         except Exception as error:
             self._shows = False
-            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
-            self._run.note(f"{self._tracker} gets no more episodes ({reason}). They are in episodes.jsonl.")
+            self._miss("episodes", f"{type(error).__name__}: {error}", "They")
+
+    def _miss(self, what: str, because: str, which: str) -> None:
+        reason = textwrap.shorten(because, 240, placeholder=" …")
+        self._run.note(f"{self._tracker} gets no more {what} ({reason}). {which} are in {what}.jsonl.")
 
 
 def _history(path: Path, start: int, stop: int) -> Iterator[Row]:

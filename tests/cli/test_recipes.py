@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from echelon import cli
-from echelon.config import CommandConfig, RunConfig, _flag, _settings, load, to_yaml
+from echelon.config import CommandConfig, RunConfig
+from echelon.config.loading import flag_of, load, settings_of, to_yaml
 from echelon.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def test_help_of_every_recipe_ends_with_commands_that_have_settings_of_it(recipe
         program, name, *words = line.partition("   ")[0].split()
         assert program == "echelon"
         flags = {word for word in words if word.startswith("--")}
-        assert flags <= {_flag(setting) for setting in _settings(config_of(name))}, line
+        assert flags <= {flag_of(setting) for setting in settings_of(config_of(name))}, line
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echelon.config import ModelConfig, OptimConfig, RunConfig, SamplingConfig, Settings, demand, load, require, to_yaml
+from echelon.config import ModelConfig, OptimConfig, RunConfig, SamplingConfig, Settings, demand, require
+from echelon.config.loading import load, to_yaml
 from echelon.errors import ConfigError
 
 

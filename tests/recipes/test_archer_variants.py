@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from echelon import cli
-from echelon.config import ModelConfig, OptimConfig, SamplingConfig, load
+from echelon.config import ModelConfig, OptimConfig, SamplingConfig
+from echelon.config.loading import load
 from echelon.data.packing import Batch, Sampled, pack
 from echelon.data.replay import Replay, Transition
 from echelon.envs import load_env

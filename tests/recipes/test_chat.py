@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 from echelon import cli
-from echelon.config import ModelConfig, load
+from echelon.config import ModelConfig
+from echelon.config.loading import load
 from echelon.envs import load_env
 from echelon.errors import ConfigError
 from echelon.recipes import chat

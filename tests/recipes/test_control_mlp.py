@@ -19,7 +19,7 @@ import torch
 pytest.importorskip("gymnasium")
 
 from echelon import cli
-from echelon.config import load
+from echelon.config.loading import load
 from echelon.envs.experts import expert
 from echelon.envs.vector import Lanes
 from echelon.errors import ConfigError, DataError

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from echelon.config import ModelConfig, _scalar, load
+from echelon.config import ModelConfig
+from echelon.config.loading import load, scalar
 from echelon.data.packing import Batch, pack, pack_siblings
 from echelon.recipes.grpo import Config, compare
 from echelon.train import policy
@@ -244,7 +245,7 @@ def test_the_table_has_a_row_for_every_settings_file() -> None:
 
 @pytest.mark.parametrize("method", FILES)
 def test_the_row_of_a_method_says_what_its_file_sets(method: str) -> None:
-    said = {name: _scalar(value) for name, value in re.findall(r"`([\w.]+): ([^`]+)`", ROWS[method])}
+    said = {name: scalar(value) for name, value in re.findall(r"`([\w.]+): ([^`]+)`", ROWS[method])}
     cfg, default = config(method), Config(out="x", env="x", model=ModelConfig("x"))
     assert {name: attrgetter(name)(cfg) for name in said} == said
     names = [f"policy.{entry.name}" for entry in fields(cfg.policy)] + [entry.name for entry in fields(cfg)]

@@ -15,7 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from echelon.config import ModelConfig, SamplingConfig, load
+from echelon.config import ModelConfig, SamplingConfig
+from echelon.config.loading import load
 from echelon.data.candidates import CandidateReplay, Choice, Options
 from echelon.data.packing import Batch, Sampled
 from echelon.errors import ConfigError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from echelon import cli
-from echelon.config import _settings
+from echelon.config.loading import settings_of
 from echelon.view.runs import RECIPES
 from tests.recipes.conftest import Run
 
@@ -26,7 +26,7 @@ def told(run: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_setting_that_tells_a_recipe_is_its_own(recipe: str) -> None:
     def names(of: str) -> set[str]:
-        return set(_settings(importlib.import_module(f"echelon.recipes.{of.replace('-', '_')}").Config))
+        return set(settings_of(importlib.import_module(f"echelon.recipes.{of.replace('-', '_')}").Config))
 
     assert [of for of in RECIPES if RECIPES[recipe] in names(of)] == [recipe]
 

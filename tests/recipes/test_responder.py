@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from echelon import cli
-from echelon.config import ModelConfig, SamplingConfig, load
+from echelon.config import ModelConfig, SamplingConfig
+from echelon.config.loading import load
 from echelon.models.lm import tiny
 from echelon.models.options import OptionScorer
 from echelon.recipes.responder import Config, open_world, play

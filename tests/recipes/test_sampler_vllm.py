@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from echelon import cli
-from echelon.config import _settings
+from echelon.config.loading import settings_of
 from echelon.models.lm import load_lm, tiny
 from echelon.sampling.vllm import VllmSampler
 from echelon.types import SamplingParams
@@ -80,7 +80,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[VllmSampler]:
 
 
 def test_every_recipe_that_draws_for_training_is_tried() -> None:
-    settings = {recipe: " ".join(_settings(config_of(recipe))) for recipe in cli.recipes()}
+    settings = {recipe: " ".join(settings_of(config_of(recipe))) for recipe in cli.recipes()}
     assert set(RUNS) == {recipe for recipe, names in settings.items() if "sampling.sampler" in names}
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from echelon.config import DataConfig, ModelConfig, load
+from echelon.config import DataConfig, ModelConfig
+from echelon.config.loading import load
 from echelon.data.candidates import Options
 from echelon.data.strategies import asked, option_ids
 from echelon.errors import ConfigError

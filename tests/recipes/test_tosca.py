@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from echelon.config import ModelConfig, OptimConfig, load
+from echelon.config import ModelConfig, OptimConfig
+from echelon.config.loading import load
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError
 from echelon.models.lm import tiny

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("gymnasium")
 
-from echelon.config import load
+from echelon.config.loading import load
 from echelon.data.control import ARRAYS, CODEC, SUMMARY, Recorded, control_arrays, control_rows, write_rows
 from echelon.data.conversations import imitated
 from echelon.data.schemas import Sft

@@ -56,6 +56,7 @@ class Settings:
 def _nothing_leaves_this_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     home = tmp_path_factory.mktemp("trackers")
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)  # where MLflow puts what runs show
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
         patch.setenv("TRACKIO_DIR", str(home / "trackio"))  # read when it is imported
@@ -291,7 +292,7 @@ from tests.train.test_trackers import log_steps
 
 def die(log):
     until = time.monotonic() + 60
-    while time.monotonic() < until and any(not channel.rows.empty() for channel in log._trackers._channels):
+    while time.monotonic() < until and any(not channel.coming.empty() for channel in log._trackers._channels):
         time.sleep(0.05)
     time.sleep(2)
     os._exit(9)
