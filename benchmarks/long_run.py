@@ -31,6 +31,8 @@ from typing import Any
 import tyro
 from _harness import machine
 
+BROWSER = Path(__file__).parents[1] / "build" / "browser"
+"""Where `make browser` puts one."""
 TEXT = "is it a thing that you would find in your house or some animal with four legs and much fur no yes"
 WATCHING = """
 import sys, time, resource
@@ -62,7 +64,7 @@ class Long:
     threads: int = 1
     """Shown with the machine; nothing here works on more than one."""
     chromium: str = ""
-    """The browser; without it, one that is installed."""
+    """The browser; without it, that of `make browser`, or one that is installed."""
     quick: bool = False
     """A run of 200 episodes; the numbers mean nothing."""
 
@@ -135,15 +137,17 @@ def process(*words: str) -> tuple[float, float, float, str]:
 
 def in_browser(page: Path, args: Long) -> Iterator[Row]:
     """Opening and filtering; nothing where there is no browser."""
-    name = args.chromium or shutil.which("chromium") or shutil.which("chromium-browser")
+    ours = BROWSER / "chromium"
+    name = args.chromium or (str(ours) if ours.is_file() else shutil.which("chromium") or "")
     if not name or importlib.util.find_spec("playwright") is None:
-        print("no browser: pip install 'echelon[browser]', and Chromium", file=sys.stderr)
+        print("no browser: pip install 'echelon[browser]' and make browser", file=sys.stderr)
         return
     from playwright.sync_api import sync_playwright
 
     opened, filtered = [], []
     with sync_playwright() as api:
-        browser = api.chromium.launch(executable_path=name, args=["--no-sandbox"])
+        fonts = {"FONTCONFIG_PATH": str(BROWSER / "fonts")} if name == str(ours) else {}
+        browser = api.chromium.launch(executable_path=name, args=["--no-sandbox"], env={**os.environ, **fonts})
         for _ in range(args.repeats):
             tab = browser.new_page(viewport={"width": 1440, "height": 900})
             began = time.perf_counter()
