@@ -1,9 +1,10 @@
 """Engines in other processes, on this machine or on others, behind the two methods of one: carried there by Ray.
 
-All samplers of a process share its workers, each of which holds a copy of every model. A conversation stays with the
-worker that has its keys and values; a worker that dies, hangs or cannot be reached is replaced and what it was asked is
-asked again. Every request draws from its own seed, so who answers it, and how often it was asked, changes nothing.
-Knows nothing of how weights are trained, or of what a worker does.
+All samplers of a process share its workers, each of which holds a copy of every model. Ray starts them, brings them
+weights and says what became of them; what they are asked and answer goes over a connection to each (`wire`). A
+conversation stays with the worker that has its keys and values; a worker that dies, hangs or cannot be reached is
+replaced and what it was asked is asked again. Every request draws from its own seed, so who answers it, and how often
+it was asked, changes nothing. Knows nothing of how weights are trained, or of what a worker does.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from echelon.config import RayConfig
 from echelon.errors import ConfigError, EchelonError, RolloutError, need
 from echelon.models import lora
 from echelon.models.lm import first_line
+from echelon.sampling import wire
 from echelon.sampling.cache import hashes
 from echelon.sampling.copied import check_copyable
 from echelon.sampling.ends import cut
@@ -137,6 +139,8 @@ class RaySampler:
         return self._pool
 
 
+SAYS_WHY = 2.0
+"""Seconds that Ray is given to say what became of a worker."""
 NAMES = itertools.count()
 """By which workers know models."""
 
@@ -206,7 +210,8 @@ class Pool:
         """Send new weights to all workers, or with None only their version."""
         model.renew(news, version)
         for place in self.workers:
-            self._promised(place, place.actor.load.remote(model.name, news, model.round, version))
+            before = place.asked.get(model.name, 0)
+            self._promised(place, place.actor.load.remote(model.name, news, model.round, version, before))
 
     def close(self, model: Model) -> None:
         """Have no worker hold this model any more."""
@@ -223,9 +228,11 @@ class Pool:
             place = await self._place_for(model, prompt)
             try:
                 said = await self._ask(place, model, prompt, params)
-            except _Lost as lost:
+            except wire.LineLost as lost:
                 why = str(lost)
-                self._replace(place, why)
+                if not place.lost:
+                    place.lost = True
+                    why = await asyncio.shield(asyncio.create_task(self._bury(place, why)))
                 continue
             finally:
                 place.busy -= 1
@@ -253,7 +260,6 @@ class Pool:
                 num_cpus=said.cpus if _address(said) else 0,
                 num_gpus=said.gpus,
                 max_restarts=0,
-                max_concurrency=2 * said.in_flight + 8,
                 scheduling_strategy="SPREAD",
             )
             .remote(said)
@@ -342,21 +348,15 @@ class Pool:
         return min(free, key=lambda place: place.busy, default=None)
 
     async def _ask(self, place: Place, model: Model, prompt: list[int], params: SamplingParams) -> Completion:
-        """What this worker answers. Raises _Lost where it does not, and what its engine raises."""
-        ray, asked = need("ray", "ray"), model.version
-        answer = place.actor.sample.remote(model.name, list(prompt), params, model.round)
+        """What this worker answers. Raises LineLost where it does not, and what its engine raises."""
         try:
             async with asyncio.timeout(self.settings.timeout):
-                said: Completion = await asyncio.wrap_future(answer.future())
-        except asyncio.CancelledError:
-            ray.cancel(answer)
-            raise
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause or RolloutError(first_line(error))) from None
+                line = await self._line(place)
+                asked = model.version
+                place.asked[model.name] = place.asked.get(model.name, 0) + 1
+                said: Completion = await line.ask(model.name, prompt, params, model.round)
         except TimeoutError:
-            raise _Lost(f"no answer within {self.settings.timeout:g} s") from None
-        except ray.exceptions.RayError as error:
-            raise _Lost(first_line(error)) from error
+            raise wire.LineLost(f"no answer within {self.settings.timeout:g} s") from None
         if said.version not in (asked, model.version):
             raise RolloutError(
                 f"a worker answered with weights of version {said.version}, and it was asked for version {asked}. "
@@ -364,12 +364,45 @@ class Pool:
             )
         return said
 
+    async def _line(self, place: Place) -> wire.Line:
+        """To this worker, opened by whoever is the first to ask it. Raises LineLost where it cannot be reached."""
+        if place.line is None:
+            place.line = asyncio.create_task(self._connected(place.actor))
+        return await asyncio.shield(place.line)
+
+    async def _connected(self, actor: Any) -> wire.Line:
+        try:
+            line = await wire.connected(*await asyncio.wrap_future(actor.listen.remote().future()))
+        except need("ray", "ray").exceptions.RayError as error:
+            raise wire.LineLost(first_line(error)) from error
+        self.thread.ends.append(line.close)
+        return line
+
+    async def _bury(self, place: Place, why: str) -> str:
+        """Replace a worker that does not answer, and say what Ray says of it."""
+        why = await self._words(place.actor, why)
+        self._replace(place, why)
+        return why
+
+    async def _words(self, actor: Any, why: str) -> str:
+        """What became of a worker in Ray's words, or those given where it has none."""
+        try:
+            async with asyncio.timeout(SAYS_WHY):
+                await asyncio.wrap_future(actor.__ray_ready__.remote().future())
+        except need("ray", "ray").exceptions.RayError as error:
+            return first_line(error)
+        except TimeoutError:
+            pass
+        return why
+
     def _replace(self, place: Place, why: str, known: EchelonError | None = None) -> None:
         """Another worker in place of one that is lost. Raises RolloutError where that never helped, or what is known to
         be wrong with every worker."""
-        if place.lost:
+        if place not in self.workers:
             return
         place.lost = True
+        if place.line is not None:
+            place.line.add_done_callback(_hang_up)
         with suppress(Exception):
             need("ray", "ray").kill(place.actor)
         print(f"a rollout worker was lost ({why.rstrip('.')}) and is replaced", file=sys.stderr, flush=True)
@@ -404,14 +437,14 @@ class Place:
     """So many before it, each in place of the one before, were lost without an answer."""
     promises: list[Future[None]] = field(default_factory=list)
     """What it was told to do and has not said to be done: to start, to take weights."""
+    line: asyncio.Task[wire.Line] | None = None
+    """Over which it is asked."""
+    asked: dict[int, int] = field(default_factory=dict)
+    """How many requests it was sent, by the name of their model."""
     busy: int = 0
     started: bool = False
     answered: bool = False
     lost: bool = False
-
-
-class _Lost(Exception):
-    """A worker will not answer."""
 
 
 class LoopThread:
@@ -419,7 +452,9 @@ class LoopThread:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=_serve, args=(self.loop,), name="ray", daemon=True).start()
+        self.ends: list[Callable[[], None]] = []
+        """What is done there last."""
+        threading.Thread(target=_serve, args=(self.loop, self.ends), name="ray", daemon=True).start()
         weakref.finalize(self, self.loop.call_soon_threadsafe, self.loop.stop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -435,8 +470,11 @@ class LoopThread:
         self.loop.call_soon_threadsafe(work, *given)
 
 
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
+def _serve(loop: asyncio.AbstractEventLoop, ends: list[Callable[[], None]]) -> None:
     loop.run_forever()
+    for end in ends:
+        end()
+    loop.run_until_complete(asyncio.sleep(0))
     loop.close()
 
 
@@ -487,6 +525,12 @@ def _check(module: nn.Module) -> None:
 def _address(settings: RayConfig) -> str:
     """Of the cluster to join; empty where one is started."""
     return settings.address or os.environ.get("RAY_ADDRESS", "")
+
+
+def _hang_up(opened: asyncio.Task[wire.Line]) -> None:
+    """Close a line once it is open; that there is none has been said."""
+    if not opened.cancelled() and opened.exception() is None:
+        opened.result().close()
 
 
 def _reason(error: Any) -> tuple[str, EchelonError | None]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from echelon.config import RayConfig
 from echelon.errors import need
 from echelon.models import lora
+from echelon.sampling import wire
 from echelon.sampling.cache import default_budget
 from echelon.sampling.local import LocalSampler
 from echelon.sampling.vllm import VllmSampler
@@ -35,21 +36,30 @@ class Worker:
         self.device = "cuda" if settings.gpus else "cpu"
         self.share = min(settings.gpus, 1.0) if settings.gpus else 1 / settings.workers
         self.held: dict[int, Held] = {}
+        self.closed: set[int] = set()
 
     async def open(self, name: int, *sent: Any) -> None:
         """Hold one more model (`Held.open`)."""
-        await self._named(name).open(*sent)
+        if name not in self.closed:
+            await self._named(name).open(*sent)
 
-    async def load(self, name: int, news: dict[str, Numbers] | None, number: int, version: int) -> None:
+    async def load(self, name: int, *sent: Any) -> None:
         """New weights for a model (`Held.load`)."""
-        await self._named(name).load(news, number, version)
+        if name not in self.closed:
+            await self._named(name).load(*sent)
+
+    async def listen(self) -> wire.Address:
+        """Where this process is asked to `sample`, from now on."""
+        _, address = await wire.listening(self.sample, need("ray.util", "ray").get_node_ip_address())
+        return address
 
     async def sample(self, name: int, prompt: list[int], params: SamplingParams, number: int) -> Completion:
         """What a model answers (`Held.sample`)."""
         return await self._named(name).sample(prompt, params, number)
 
     async def close(self, name: int) -> None:
-        """Hold a model no longer."""
+        """Hold a model no longer. Ray may begin this before what was sent earlier, whose weights it still fetches."""
+        self.closed.add(name)
         self.held.pop(name, None)
 
     def _named(self, name: int) -> Held:
@@ -67,6 +77,7 @@ class Held:
         self.module: Any = None
         self.engine: LocalSampler | VllmSampler | None = None
         self.round = -1
+        self._came = 0
         self._asked = 0
         self._changed = asyncio.Condition()
 
@@ -94,10 +105,10 @@ class Held:
             self.engine = LocalSampler(self.module, tokenizer, version=version, **said)
         await self._now(number)
 
-    async def load(self, news: dict[str, Numbers] | None, number: int, version: int) -> None:
-        """New weights, or only their version, once all that was asked before is answered."""
+    async def load(self, news: dict[str, Numbers] | None, number: int, version: int, before: int) -> None:
+        """New weights, or only their version, once all that was asked before (so many requests) is answered."""
         async with self._changed:
-            await self._changed.wait_for(lambda: not self._asked and self.round == number - 1)
+            await self._changed.wait_for(lambda: not self._asked and self._came >= before and self.round == number - 1)
         assert self.engine is not None
         while not self.engine.idle:  # it drops what was given up
             await asyncio.sleep(0)
@@ -109,8 +120,10 @@ class Held:
 
     async def sample(self, prompt: list[int], params: SamplingParams, number: int) -> Completion:
         """The engine's answer, by the weights of this `load` (they are counted) or later ones."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.round >= number)
+        self._came += 1
+        if self.round < number:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self.round >= number)
         assert self.engine is not None
         self._asked += 1
         try:

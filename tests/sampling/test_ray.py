@@ -25,6 +25,7 @@ from echelon.models.lm import tiny
 from echelon.rollout.setup import open_sampler
 from echelon.sampling import ray as pool
 from echelon.sampling import ray_worker as remote
+from echelon.sampling import wire
 from echelon.sampling.local import LocalSampler
 from echelon.sampling.ray import RaySampler
 from echelon.types import Completion, SamplingParams
@@ -98,6 +99,23 @@ class _Reference:
         return self.promise
 
 
+@dataclass
+class _Line:
+    worker: Told
+
+    async def ask(self, *question: Any) -> Completion:
+        import ray
+
+        try:
+            found: Completion = await asyncio.wrap_future(self.worker.sample.remote(*question).future())
+        except ray.exceptions.RayError as error:
+            raise wire.LineLost(str(error)) from error
+        return found
+
+    def close(self) -> None:
+        pass
+
+
 class Staged(pool.Pool):
     """Its workers are those of a test; each holds models at once unless `script` says otherwise. It is asked in the
     loop of the test."""
@@ -111,6 +129,12 @@ class Staged(pool.Pool):
     def _actor(self) -> Any:
         self.hired.append(Told(len(self.hired)))
         return self.hired[-1]
+
+    async def _connected(self, actor: Any) -> Any:
+        return _Line(actor)
+
+    async def _words(self, actor: Any, why: str) -> str:
+        return why
 
     def _hand_over(self, place: pool.Place, model: pool.Model) -> None:
         super()._hand_over(place, model)
@@ -145,9 +169,8 @@ def dead() -> Exception:
 def _no_cluster_for_staged_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    real_kill, real_cancel = ray.kill, ray.cancel
+    real_kill = ray.kill
     monkeypatch.setattr(ray, "kill", lambda actor: None if isinstance(actor, Told) else real_kill(actor))
-    monkeypatch.setattr(ray, "cancel", lambda answer: None if isinstance(answer, _Reference) else real_cancel(answer))
 
 
 async def turns(count: int = 20) -> None:
@@ -467,7 +490,7 @@ def test_a_worker_takes_weights_when_it_has_answered_and_asks_before_wait_for_th
         await turns()
         first = asyncio.create_task(worker.sample(*request, 0))
         await turns()
-        await asyncio.create_task(worker.load(changed, 1, 2))
+        await asyncio.create_task(worker.load(changed, 1, 2, 2))
         return [await first, await early]
 
     found = asyncio.run(play())
@@ -475,6 +498,42 @@ def test_a_worker_takes_weights_when_it_has_answered_and_asks_before_wait_for_th
     same(found[1:], ask(LocalSampler(other, tokenizer), [request]))
     assert [each.version for each in found] == [1, 2]
     assert found[0].tokens != found[1].tokens
+
+
+def test_new_weights_wait_for_what_was_asked_before_and_is_still_on_its_way() -> None:
+    """Weights and requests come over different roads."""
+    module, tokenizer = small()
+    skeleton, numbers = remote.taken_apart(module, tokenizer)
+
+    async def play() -> list[int]:
+        worker = remote.Held("cpu", 1.0)
+        await worker.open(ENGINE, skeleton, numbers, None, 0, 1)
+        loading = asyncio.create_task(worker.load(None, 1, 2, 1))
+        await turns()
+        before = await worker.sample(ids(5, 1), SamplingParams(max_tokens=2), 0)
+        await loading
+        return [before.version, (await worker.sample(ids(5, 1), SamplingParams(max_tokens=2), 1)).version]
+
+    assert asyncio.run(play()) == [1, 2]
+
+
+def test_what_comes_for_a_model_that_is_closed_does_not_bring_it_back() -> None:
+    """Ray may begin a later call before one whose weights it still fetches."""
+    skeleton, numbers = remote.taken_apart(*small())
+
+    async def play() -> set[int]:
+        threads = torch.get_num_threads()
+        worker = remote.Worker(RayConfig())
+        torch.set_num_threads(threads)
+        for name in (1, 2):
+            await worker.open(name, ENGINE, skeleton, numbers, None, 0, 1)
+        await worker.close(3)
+        await worker.close(2)
+        await worker.open(3, ENGINE, skeleton, numbers, None, 0, 1)
+        await worker.load(2, None, 1, 2, 0)
+        return set(worker.held)
+
+    assert asyncio.run(play()) == {1}
 
 
 def test_new_weights_wait_until_what_was_given_up_is_dropped() -> None:
@@ -487,7 +546,7 @@ def test_new_weights_wait_until_what_was_given_up_is_dropped() -> None:
         given_up = asyncio.create_task(worker.sample(ids(5, 1), SamplingParams(max_tokens=200), 0))
         await turns()
         given_up.cancel()
-        await worker.load(None, 1, 2)
+        await worker.load(None, 1, 2, 1)
         return (await worker.sample(ids(5, 1), SamplingParams(max_tokens=2), 1)).version
 
     assert asyncio.run(play()) == 2
@@ -636,10 +695,11 @@ def test_one_worker_is_killed_and_one_hangs_and_the_answers_are_the_same(
         os.kill(pids[1], signal.SIGSTOP)
         return await asyncio.gather(*tasks)
 
-    patient = real.settings
-    real.settings = replace(patient, timeout=20)
+    workers = real._pool
+    assert workers is not None
+    patient, workers.settings = workers.settings, replace(workers.settings, timeout=20)
     try:
         same(asyncio.run(play()), expected)
     finally:
-        real.settings = patient
+        workers.settings = patient
     assert capsys.readouterr().err.count("a rollout worker was lost") == 2
