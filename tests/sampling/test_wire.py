@@ -24,7 +24,8 @@ def between(
         server, address = await wire.listening(answer, "127.0.0.1")
         line = await wire.connected(*address)
         try:
-            return await play(line)
+            async with asyncio.timeout(30):
+                return await play(line)
         finally:
             line.close()
             server.close()
