@@ -5,12 +5,12 @@ Knows folders, models and roles; knows nothing of how the levels learn, or of wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from echelon.config import LoraConfig, ModelConfig, SamplingConfig
 from echelon.envs import EnvSpec, load_env
@@ -39,6 +39,15 @@ class Kept:
     module: nn.Module
     beside: Any
     """What is saved beside them: the tokenizer, or what has a `save_pretrained` like one."""
+
+    @property
+    def version(self) -> int:
+        """That of what it began as: it never changes."""
+        return 0
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors, one at a time, for a sampler; those below an adapter with what it adds."""
+        return adapters.merged_weights(self.module)
 
     def save(self, folder: Path) -> None:
         """The model's folder."""

@@ -18,7 +18,7 @@ from echelon.config import LoraConfig, ModelConfig, OptimConfig, SamplingConfig
 from echelon.data.packing import Batch
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError, DataError
-from echelon.recipes.feedback import Config, learn, lessons, open_levels, player, tokens_per_step, turn_of
+from echelon.recipes.feedback import Config, branching, learn, lessons, open_levels, tokens_per_step, turn_of
 from echelon.rollout import feedback_levels
 from echelon.rollout.feedback import COACH, SOLVER, TemplateConfig
 from echelon.rollout.feedback_credit import CreditConfig, Tree, lay_tree
@@ -27,6 +27,7 @@ from echelon.rollout.feedback_levels import Level, LevelConfig, Levels
 from echelon.rollout.rewards import Rewards
 from echelon.rollout.roles import collect
 from echelon.train.policy import PolicyConfig
+from echelon.types import Sampler
 from tests.recipes.conftest import Run, Train
 from tests.recipes.doors import DOORS, GAME, KEYS, TEMPLATES, Doors, pupil
 
@@ -64,10 +65,14 @@ def stepped(cfg: Config, levels: Levels | None = None, *, step: int = 0, env: En
     levels.publish()
     now = cfg.plans[levels.stages.reached(step)]
     tasks = env.tasks("train")[: now.tasks_per_step]
-    episodes = asyncio.run(collect(tasks, player(now, env, levels, env.tasks("train")), seed=step))
+    episodes = asyncio.run(collect(tasks, branching(now, env, levels, env.tasks("train"), live(levels)), seed=step))
     tree = lay_tree(episodes)
     judged = judge_tree(now, levels, Played(tree, tasks, env, Rewards()), seed=step)
     return Stepped(levels, tree, judged, learn(now, step, levels, tree, judged, seed=step))
+
+
+def live(levels: Levels) -> dict[str, Sampler]:
+    return {name: acting.actor.sampler for name, acting in levels.acting(lambda name: LevelConfig()).items()}
 
 
 def weights_of(level: Level) -> dict[str, Tensor]:
@@ -372,14 +377,14 @@ def test_a_gap_leaves_the_solver_as_it_was_and_counts_for_the_coach(model: str, 
     before, version = weights_of(levels.solver), levels.solver.policy.version if levels.solver.policy else 0
     tasks = ENV.tasks("train")[:3]
     levels.publish()
-    episodes = asyncio.run(collect(tasks, player(cfg, ENV, levels, tasks), seed=0))
+    episodes = asyncio.run(collect(tasks, branching(cfg, ENV, levels, tasks, live(levels)), seed=0))
     tree = lay_tree(episodes)
     judged = judge_tree(cfg, levels, Played(tree, tasks, ENV, Rewards()), seed=0)
     assert not moved(levels.solver, before)
     assert levels.solver.policy is not None
     assert levels.solver.policy.version == version
     assert judged.metrics["context/gap"] != 0
-    again = asyncio.run(collect(tasks, player(cfg, ENV, levels, tasks), seed=0))
+    again = asyncio.run(collect(tasks, branching(cfg, ENV, levels, tasks, live(levels)), seed=0))
     assert [t.text for e in again for t in e.turns] == [t.text for t in tree.turns], "the sampler has its weights back"
 
 
