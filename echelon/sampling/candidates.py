@@ -87,6 +87,10 @@ class Together:
         self._asked: list[tuple[list[Sampled], asyncio.Future[list[float]]]] = []
         self._scorer: asyncio.Task[None] | None = None
 
+    def beside(self) -> Together:
+        """The same score, asked in another event loop."""
+        return Together(self._score)
+
     async def __call__(self, said: list[Sampled]) -> list[float]:
         """The scores of these. What the score raises goes to everybody who waits."""
         done: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()

@@ -5,6 +5,7 @@ They know values or a script, not how the values were learned. An option is writ
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
@@ -86,6 +87,12 @@ class Strategist:
         """All offers since the last time, by the seed of the request they answered."""
         offers, self.offers = self.offers, {}
         return offers
+
+    def beside(self) -> Strategist:
+        """One that chooses alike, by the same values, and keeps what it offered to itself: for another thread."""
+        twin = copy.copy(self)
+        twin.offers, twin._together = {}, self._together.beside()
+        return twin
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """The values are read from the live module: only the version is noted."""

@@ -11,7 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from echelon.config import ModelConfig, SamplingConfig
+from echelon.models.options import OptionScorer
+from echelon.recipes import responder
+from echelon.rollout.ahead import Played
+from echelon.rollout.setup import open_actor
+from echelon.seeds import derive_seed
 from tests.recipes.conftest import Run
+from tests.recipes.talk import Talk
+from tests.recipes.test_on_ray import EPISODES, LOW, RESPONDER
 from tests.recipes.test_on_ray import FEEDBACK as PLAIN_FEEDBACK
 
 GRPO = ("grpo", "--tasks-per-step", 2, "--group-size", 4, "--policy.epochs", 2)
@@ -28,13 +36,17 @@ SERVER = [
     *("--solver.sampling.server.folder", "/tmp"),
 ]
 GAP = ("--credit.gap", 1)
+EVERY_TERM = ("--low.surprisal-coef", 0.1, "--low.ema-decay", 0.9, "--low.shaping.kl-target", 1)
+EVERY_TERM += ("--low.self-likelihood-coef", 0.1, "--low.shaping.normalize", "scale", "--low.warmup-steps", 1)
+HELD_OUT = ("--data.eval-fraction", 0.4, "--eval-every", 2, "--eval-episodes", 3)
 LEVELS = [
     pytest.param((*FEEDBACK, *GAP), id="feedback"),
     pytest.param((*ADAPTERS, *GAP), id="feedback-adapters"),
     pytest.param(ONE_FOR_BOTH, id="feedback-shared"),
+    pytest.param(RESPONDER, id="responder"),
 ]
 AHEAD = "--asynchronous.max-staleness"
-OWN = re.compile(r"(policy|solver|coach)/(staleness|mismatch/kl|importance)(/.*)?")
+OWN = re.compile(r"(policy|solver|coach|low/policy)/(staleness|mismatch/kl|importance)(/.*)?")
 """The names that only such a run logs."""
 Words = tuple[object, ...]
 
@@ -44,16 +56,19 @@ def playing(game: list[str], files: dict[str, str]) -> Callable[..., list[str]]:
     """The words of a run: a recipe whose levels have models of their own names them, others play a game."""
 
     def words(recipe: Words, *more: object, lr: float | None = None) -> list[str]:
-        rates = {"feedback": ("--solver.policy.optim.lr", "--coach.policy.optim.lr")}
-        rates["feedback"] = rates["feedback"][: 1 if "shared" in recipe else 2]
-        learns = () if lr is None else [word for name in rates.get(str(recipe[0]), RATE) for word in (name, lr)]
-        own = [str(word).format(**files) for word in recipe]
-        return [*own, *([] if recipe[0] in rates else game), *map(str, (*more, *learns))]
+        rates = RATES.get(str(recipe[0]), ("--policy.optim.lr",))[: 1 if "shared" in recipe else None]
+        learns = [] if lr is None else [str(word) for name in rates for word in (name, lr)]
+        own = [str(word).format(**files) for word in (*recipe, *more)]
+        return [*own, *([] if recipe[0] in RATES else game), *learns]
 
     return words
 
 
-RATE = ("--policy.optim.lr",)
+RATES = {
+    "feedback": ("--solver.policy.optim.lr", "--coach.policy.optim.lr"),
+    "responder": ("--low.policy.optim.lr",),
+}
+"""The learning rates of recipes whose levels name their models: of every level that learns to speak."""
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *LEVELS])
@@ -79,6 +94,8 @@ def test_where_nothing_is_learned_ahead_is_what_in_turn_is(train, playing, recip
         pytest.param(FEEDBACK, (AHEAD, 2, *GAP, "--schedule", "alternate", "--credit.utilisation", 0.1), id="feedback"),
         pytest.param(ADAPTERS, (AHEAD, 1, "--lora.dropout", 0.1), id="feedback-adapters"),
         pytest.param(ONE_FOR_BOTH, (AHEAD, 1, *GAP, "--best-response", "average"), id="feedback-shared"),
+        pytest.param((*RESPONDER, *EVERY_TERM), (AHEAD, 2, *HELD_OUT), id="responder"),
+        pytest.param(RESPONDER, (AHEAD, 1, "--lora.rank", 2, "--lora.dropout", 0.1), id="responder-adapter"),
     ],
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
@@ -217,3 +234,48 @@ def test_a_step_of_feedback_is_played_as_its_own_stage_says(train, playing) -> N
         longest = max(len(turn["ids"]) for turn in first)
         assert len(first) == (3 if row["step"] > 1 else 2)
         assert (longest <= 2) is (row["step"] > 1)
+
+
+def test_replies_that_older_weights_wrote_are_corrected_once_the_responder_has_learned(train, playing) -> None:
+    """The first step of two that are played with what the run began with; then one step older than what learns."""
+    flags = ("--steps", 4, AHEAD, 1, "--low.warmup-steps", 1)
+    rows = train(*playing(RESPONDER, *flags, lr=1e-2)).rows()
+    assert [row["policy/staleness"] for row in rows] == [0, 1, 1, 1]
+    assert ["low/policy/importance" in row for row in rows] == [False, False, True, True]
+    assert all(row["low/policy/mismatch/kl"] > 1e-6 for row in rows[2:])
+    assert all(row.get("low/policy/first_mismatch", 0.0) < 1e-4 for row in rows)
+
+
+def test_held_out_states_are_replied_to_by_the_weights_of_now(train, playing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While what is learned from comes from those of two steps before."""
+    seen: list[tuple[int, int]] = []
+
+    def watched(*given: object, **settings: object) -> Played:
+        found = replied(*given, **settings)
+        seen.append((settings["seed"], max(turn.version for episode in found.episodes for turn in episode.turns)))
+        return found
+
+    replied = responder.replied
+    monkeypatch.setattr(responder, "replied", watched)
+    flags = ("--steps", 4, AHEAD, 2, "--data.eval-fraction", 0.4, "--eval-every", 1, "--eval-episodes", 3)
+    rows = train(*playing(RESPONDER, *flags, lr=1e-2)).rows()
+    assert all("eval/reward/mean" in row for row in rows)
+    held_out = derive_seed(0, "eval")
+    assert [version for seed, version in seen if seed == held_out] == [1, 2, 3, 4]
+    assert sorted(version for seed, version in seen if seed != held_out) == [0, 0, 0, 1]
+
+
+def test_a_strategist_that_does_not_learn_tells_beside_others_what_it_tells_alone(
+    train, playing, files: dict[str, str], tmp_path: Path
+) -> None:
+    """Each thread has a chooser of its own around the same weights."""
+    actor = open_actor(ModelConfig(path=files["model"]), SamplingConfig())
+    actor.module.save_pretrained(tmp_path / "strategist")
+    actor.tokenizer.save_pretrained(tmp_path / "strategist")
+    OptionScorer(actor.module).describe(tmp_path / "strategist", Talk.inventory())
+    dialogues = ("responder", "--model.path", "{model}", "--env", "tests.recipes.talk:Talk", *LOW, *EPISODES)
+    flags = ("--strategist", tmp_path / "strategist", "--strategist-epsilon", 0.5, "--steps", 4)
+    words = playing(dialogues, *flags, lr=0)
+    one, other = train(*words, name="in turn"), train(*words, AHEAD, 3, name="ahead")
+    assert other.rows("episodes") == one.rows("episodes")
+    assert {turn["role"] for row in one.rows("episodes") for turn in row["turns"]} == {"strategist", "responder"}
