@@ -6,8 +6,9 @@ It knows how candidates are drawn and chosen, not how those who value them learn
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,11 @@ class Offer:
     chosen: int
     explored: bool
     """Whether it was taken at random."""
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Offer:
+        """The offer of which `dataclasses.asdict` has been written as JSON."""
+        return cls(**{**saved, "candidates": [Completion(**candidate) for candidate in saved["candidates"]]})
 
 
 class Chooser:
@@ -87,9 +93,9 @@ class Together:
         self._asked: list[tuple[list[Sampled], asyncio.Future[list[float]]]] = []
         self._scorer: asyncio.Task[None] | None = None
 
-    def beside(self) -> Together:
-        """The same score, asked in another event loop."""
-        return Together(self._score)
+    def beside(self, score: Score | None = None) -> Together:
+        """The same score, or another one, asked in another event loop."""
+        return Together(score or self._score)
 
     async def __call__(self, said: list[Sampled]) -> list[float]:
         """The scores of these. What the score raises goes to everybody who waits."""

@@ -6,20 +6,24 @@ import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from echelon.config import ModelConfig, SamplingConfig
+from echelon.data.candidates import Options
 from echelon.models.options import OptionScorer
-from echelon.recipes import responder
+from echelon.recipes import responder, tosca
 from echelon.rollout.ahead import Played
 from echelon.rollout.setup import open_actor
+from echelon.sampling.choices import Strategist
 from echelon.seeds import derive_seed
+from echelon.train.strategy import option_table
 from tests.recipes.conftest import Run
 from tests.recipes.talk import Talk
-from tests.recipes.test_on_ray import EPISODES, LOW, RESPONDER
+from tests.recipes.test_on_ray import EPISODES, LOW, RESPONDER, TOSCA
 from tests.recipes.test_on_ray import FEEDBACK as PLAIN_FEEDBACK
 
 GRPO = ("grpo", "--tasks-per-step", 2, "--group-size", 4, "--policy.epochs", 2)
@@ -36,14 +40,19 @@ SERVER = [
     *("--solver.sampling.server.folder", "/tmp"),
 ]
 GAP = ("--credit.gap", 1)
+TWO_ADAPTERS = ("--shared", "--lora.rank", 4)
 EVERY_TERM = ("--low.surprisal-coef", 0.1, "--low.ema-decay", 0.9, "--low.shaping.kl-target", 1)
 EVERY_TERM += ("--low.self-likelihood-coef", 0.1, "--low.shaping.normalize", "scale", "--low.warmup-steps", 1)
+TESTED = ("--eval-every", 2, "--eval-episodes", 3)
 HELD_OUT = ("--data.eval-fraction", 0.4, "--eval-every", 2, "--eval-episodes", 3)
 LEVELS = [
     pytest.param((*FEEDBACK, *GAP), id="feedback"),
     pytest.param((*ADAPTERS, *GAP), id="feedback-adapters"),
     pytest.param(ONE_FOR_BOTH, id="feedback-shared"),
     pytest.param(RESPONDER, id="responder"),
+    pytest.param((*TOSCA, "--no-high.centre"), id="tosca"),  # what centring adds to Q is told s steps later
+    pytest.param((*TOSCA, *TWO_ADAPTERS, "--no-high.centre"), id="tosca-adapters"),
+    pytest.param((*TOSCA, "--choose", "random", "--mode", "lower"), id="tosca-random"),
 ]
 AHEAD = "--asynchronous.max-staleness"
 OWN = re.compile(r"(policy|solver|coach|low/policy)/(staleness|mismatch/kl|importance)(/.*)?")
@@ -56,7 +65,7 @@ def playing(game: list[str], files: dict[str, str]) -> Callable[..., list[str]]:
     """The words of a run: a recipe whose levels have models of their own names them, others play a game."""
 
     def words(recipe: Words, *more: object, lr: float | None = None) -> list[str]:
-        rates = RATES.get(str(recipe[0]), ("--policy.optim.lr",))[: 1 if "shared" in recipe else None]
+        rates = RATES.get(str(recipe[0]), ("--policy.optim.lr",))[: 1 if recipe is ONE_FOR_BOTH else None]
         learns = [] if lr is None else [str(word) for name in rates for word in (name, lr)]
         own = [str(word).format(**files) for word in (*recipe, *more)]
         return [*own, *([] if recipe[0] in RATES else game), *learns]
@@ -67,6 +76,7 @@ def playing(game: list[str], files: dict[str, str]) -> Callable[..., list[str]]:
 RATES = {
     "feedback": ("--solver.policy.optim.lr", "--coach.policy.optim.lr"),
     "responder": ("--low.policy.optim.lr",),
+    "tosca": ("--low.policy.optim.lr", "--high.optim.lr"),
 }
 """The learning rates of recipes whose levels name their models: of every level that learns to speak."""
 
@@ -94,6 +104,9 @@ def test_where_nothing_is_learned_ahead_is_what_in_turn_is(train, playing, recip
         pytest.param(FEEDBACK, (AHEAD, 2, *GAP, "--schedule", "alternate", "--credit.utilisation", 0.1), id="feedback"),
         pytest.param(ADAPTERS, (AHEAD, 1, "--lora.dropout", 0.1), id="feedback-adapters"),
         pytest.param(ONE_FOR_BOTH, (AHEAD, 1, *GAP, "--best-response", "average"), id="feedback-shared"),
+        pytest.param(TOSCA, (AHEAD, 1, "--reward-share-weight", 0.5, "--pick", "softmax"), id="tosca"),
+        pytest.param((*TOSCA, *TWO_ADAPTERS), (AHEAD, 2, "--mode", "alternate", *TESTED), id="tosca-adapters"),
+        pytest.param(TOSCA, (AHEAD, 1, "--mode", "upper"), id="tosca-upper"),
         pytest.param((*RESPONDER, *EVERY_TERM), (AHEAD, 2, *HELD_OUT), id="responder"),
         pytest.param(RESPONDER, (AHEAD, 1, "--lora.rank", 2, "--lora.dropout", 0.1), id="responder-adapter"),
     ],
@@ -279,3 +292,42 @@ def test_a_strategist_that_does_not_learn_tells_beside_others_what_it_tells_alon
     one, other = train(*words, name="in turn"), train(*words, AHEAD, 3, name="ahead")
     assert other.rows("episodes") == one.rows("episodes")
     assert {turn["role"] for row in one.rows("episodes") for turn in row["turns"]} == {"strategist", "responder"}
+
+
+@pytest.mark.parametrize("adapters", [(), TWO_ADAPTERS], ids=["separate", "adapters"])
+def test_strategies_are_chosen_by_the_values_of_so_many_steps_before(
+    train, playing, monkeypatch: pytest.MonkeyPatch, adapters: Words
+) -> None:
+    """By a copy that stays as it is while the strategist learns, and is read as that was read then."""
+    learn, then = tosca.learn, []
+
+    def watched(cfg: tosca.Config, step: int, levels: tosca.Levels, episodes: Any, offers: Any, stale: Any) -> Any:
+        then.append(levels.upper.online.target())
+        asked = [Options(offer.prompt, [said.tokens for said in offer.candidates]) for offer in offers.values()]
+        found = torch.tensor([offer.q for offer in offers.values()])
+        expected = [option_table(scorer, asked, 4096)[0] for scorer in then]
+        torch.testing.assert_close(found, expected[max(0, step - 2)], rtol=1e-4, atol=1e-5)
+        for other in expected[max(0, step - 2) + 1 :]:
+            assert (found - other).abs().max() > 1e-3
+        return learn(cfg, step, levels, episodes, offers, stale)
+
+    monkeypatch.setattr(tosca, "learn", watched)
+    train(*playing((*TOSCA, *adapters), "--steps", 5, AHEAD, 2, lr=1e-2))
+    assert len(then) == 5
+
+
+def test_a_strategy_that_other_values_chose_than_were_handed_over_is_refused(
+    train, playing, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Strategist, "load", lambda self, weights, version: None)
+    train(*playing(TOSCA, "--steps", 3, AHEAD, 1, lr=1e-2), status=2)
+    assert "a turn of 'strategist' in step 2 was sampled with weights of version 0" in capsys.readouterr().err
+
+
+def test_replies_in_dialogues_are_corrected_and_each_step_explores_as_it_should(train, playing) -> None:
+    in_turn = train(*playing(TOSCA, "--steps", 4, lr=1e-2), name="in turn").rows()
+    rows = train(*playing(TOSCA, "--steps", 4, AHEAD, 1, lr=1e-2), name="ahead").rows()
+    assert [row["policy/staleness"] for row in rows] == [0, 1, 1, 1]
+    assert ["low/policy/importance" in row for row in rows] == [False, True, True, True]
+    assert [row["strategy/epsilon"] for row in rows] == [row["strategy/epsilon"] for row in in_turn]
+    assert rows[0]["low/policy/first_mismatch"] < 1e-4
