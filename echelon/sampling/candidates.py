@@ -49,12 +49,22 @@ class Chooser:
 
     The best is the one with the largest score, drawn first among equals; at random, each is as likely as the others, so
     that what is said is what the sampler below would have said. Everything that was drawn is kept in `offers`, under
-    the seed of the request (`Turn.seed`), until `take` is called. Candidates have a random stream each.
+    the seed of the request (`Turn.seed`), until `take` is called. Candidates have a random stream each. `follow` is
+    called when new weights are loaded: it brings what the score reads up to date, where that is not live.
     """
 
-    def __init__(self, sampler: Sampler, score: Score, candidates: int, *, epsilon: float = 0.0) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        score: Score,
+        candidates: int,
+        *,
+        epsilon: float = 0.0,
+        follow: Callable[[], None] = lambda: None,
+    ) -> None:
         assert candidates >= 1, "somebody has to be chosen"
         self.sampler, self.candidates, self.epsilon = sampler, candidates, epsilon
+        self._follow = follow
         self.offers: dict[int, Offer] = {}
         self._together = Together(score)
 
@@ -83,6 +93,7 @@ class Chooser:
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Hand new weights to the sampler below."""
         self.sampler.load(weights, version)
+        self._follow()
 
 
 class Together:
