@@ -50,8 +50,8 @@ LEVELS = [
     pytest.param((*ADAPTERS, *GAP), id="feedback-adapters"),
     pytest.param(ONE_FOR_BOTH, id="feedback-shared"),
     pytest.param(RESPONDER, id="responder"),
-    pytest.param(TOSCA, id="tosca"),
-    pytest.param((*TOSCA, *TWO_ADAPTERS), id="tosca-adapters"),
+    pytest.param((*TOSCA, "--no-high.centre"), id="tosca"),
+    pytest.param((*TOSCA, *TWO_ADAPTERS, "--no-high.centre"), id="tosca-adapters"),
     pytest.param((*TOSCA, "--choose", "random", "--mode", "lower"), id="tosca-random"),
     pytest.param((*RANK, "--ranker-optim.lr", 0), id="rank"),
 ]
