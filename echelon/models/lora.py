@@ -282,6 +282,15 @@ def merged_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
+def without_adapters(module: nn.Module) -> Any:
+    """A copy of the model, as it is below its adapters, that goes its own way: what `merged_weights` can be put into.
+
+    Unlike a copy of a view, it shares no base with it.
+    """
+    twin: Any = copy.deepcopy(module.model if isinstance(module, AdapterView) else module)
+    return (twin.unload() if has_adapters(twin) else twin).requires_grad_(False)
+
+
 @torch.no_grad()
 def _with_adapter(base: Any, name: str, tensor: Tensor, voice: str) -> Tensor:
     """One weight below an adapter, plus what that adapter adds."""

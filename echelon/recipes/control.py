@@ -158,7 +158,8 @@ class Config(TaskConfig):
         self._check_method()
         self._check_levels()
         for model in (self.model, self.planner):
-            check_ahead(self, self.asynchronous, model, self.lora, self.sampling)
+            now = "eval_every" if self.eval_every else ""
+            check_ahead(self, self.asynchronous, model, self.lora, self.sampling, now=now)
 
     def _check_method(self) -> None:
         grouped = self.method != "grpo" or self.group_size >= 2
@@ -294,9 +295,10 @@ class Levels:
         return parts
 
     def acting(self, cfg: Config) -> dict[str, Level]:
-        """The roles that act with weights of their own."""
+        """Which role acts with which weights: a planner without its own with the controller's."""
         roles = {"actor": CONTROLLER, "planner": PLANNER}
-        return {roles[part]: Level(actor, self.learners[part], cfg.sampling) for part, actor in self.actors.items()}
+        own = {roles[part]: Level(actor, self.learners[part], cfg.sampling) for part, actor in self.actors.items()}
+        return {role.name: own.get(role.name, own[CONTROLLER]) for role in self.players.roles()}
 
     def publish(self) -> None:
         """Give the engines the weights of now."""

@@ -13,9 +13,8 @@ updates ahead or an average of the past; KL, where it counts, has its reference 
 
 from __future__ import annotations
 
-import asyncio
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +26,8 @@ from echelon.config import LoraConfig, TaskConfig, demand, require
 from echelon.config.loading import overridden, to_yaml
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError
+from echelon.rollout.ahead import Played as Found
+from echelon.rollout.ahead import Player, Rollouts, Run, check_ahead
 from echelon.rollout.evaluate import rollout_metrics
 from echelon.rollout.feedback import COACH, SOLVER, Context, Shape, TemplateConfig, feedback_tree
 from echelon.rollout.feedback_credit import (
@@ -49,20 +50,21 @@ from echelon.rollout.feedback_levels import (
     open_level,
 )
 from echelon.rollout.memory import Engine, Plan
-from echelon.rollout.rewards import open_rewards, open_tasks
-from echelon.rollout.roles import collect
+from echelon.rollout.rewards import Rewards, open_rewards, open_tasks
+from echelon.rollout.roles import Role, collect
 from echelon.rollout.setup import Actor, describe, set_threads, task_batch
 from echelon.seeds import derive_seed
 from echelon.train.checkpoint import Checkpoints
 from echelon.train.ema import Average
 from echelon.train.log import Log, episode_rows
 from echelon.train.stages import Stages, parse_stages, settings_so_far
-from echelon.types import Play, Task
+from echelon.train.stale import AsyncConfig, Stale
+from echelon.types import Play, Sampler, Task
 
 FIXED = (
     *("out", "resume", "seed", "threads", "dry_run", "save_every", "keep_last", "log", "steps", "stages"),
     *("env", "env_settings", "trust_task_code", "data", "reward", "reward_weights", "judge"),
-    *("weights", "lora", "best_response", "average_decay", "keep_start"),
+    *("weights", "lora", "best_response", "average_decay", "keep_start", "asynchronous"),
     *(f"{level}.{name}" for level in (SOLVER, COACH) for name in ("model", "sampling.max_prompt_tokens")),
     *(f"{level}.sampling.{name}" for level in (SOLVER, COACH) for name in ("cache_tokens", "sampler", "sleep", "ray")),
 )
@@ -128,6 +130,8 @@ class Config(TaskConfig):
     keep_start: bool = False
     """Remember how each level started and log its KL to it even where that counts nothing; a model of its own each,
     unless levels are adapters."""
+    asynchronous: AsyncConfig = field(default_factory=AsyncConfig)
+    """Playing the coming steps while one trains."""
     tokens_per_pass: int = 4096
     """Most tokens, padding included, in one forward and backward pass."""
 
@@ -145,6 +149,7 @@ class Config(TaskConfig):
         _check_weights(self)
         _check_learning(self)
         _check_comparisons(self)
+        _check_asynchronous(self)
         assert self.plans, "every stage is a run that could be"
 
     @cached_property
@@ -254,6 +259,15 @@ def _check_comparisons(cfg: Config) -> None:
         demand(cfg, f"{name}.policy.minibatches", count <= cfg.tasks_per_step, because)
 
 
+def _check_asynchronous(cfg: Config) -> None:
+    for name in (SOLVER, COACH) if cfg.coached else (SOLVER,):
+        level, now = cfg.level(name), "credit.gap" if name == SOLVER and cfg.credit.gap else ""
+        check_ahead(cfg, cfg.asynchronous, level.model, cfg.lora, level.sampling, now=now)
+    known = all(stage.step is not None for stage in parse_stages(cfg.stages))
+    because = "nobody knows at which step a plateau will be reached. Give its stages a step (from …), or leave it out."
+    demand(cfg, "asynchronous.max_staleness", not cfg.asynchronous.max_staleness or known, because)
+
+
 def main(cfg: Config) -> None:
     """Train; the run directory holds checkpoints, metrics.jsonl and episodes.jsonl."""
     levels = open_levels(cfg)
@@ -264,10 +278,13 @@ def main(cfg: Config) -> None:
         plan = Plan({**levels.parts(), **rewards.modules()}, cfg.dist, cfg.tokens_per_pass, engines(cfg, levels))
         return describe(levels.modules(), tokens_per_step=max(map(tokens_per_step, cfg.plans)), plan=plan)
 
-    tasks, parts, out = env.tasks("train"), levels.parts(), Path(cfg.out)
-    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    tasks, play, out = env.tasks("train"), player(cfg, env, levels, rewards), Path(cfg.out)
+    rollouts = Rollouts(cfg.asynchronous, levels.acting(cfg.level), play, steps=cfg.steps, read=Found.from_json)
+    parts = levels.parts() | rollouts.parts()
+    checkpoints = Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume)
+    with checkpoints, rollouts:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
-        levels.publish()
+        rollouts.publish()
         if not cfg.resume:
             checkpoints.save(0, parts)
         with Log(out, total=cfg.steps, start=start, name="feedback", config=cfg.log, settings=cfg) as log:
@@ -275,17 +292,16 @@ def main(cfg: Config) -> None:
                 now = cfg.plans[levels.stages.reached(step)]
                 seed = derive_seed(cfg.seed, step)
                 torch.manual_seed(seed)  # dropout, where an adapter has any
+                found = rollouts.take(step)
+                episodes, given = found.episodes, found.metrics | rollouts.metrics()
                 chosen = task_batch(tasks, step, now.tasks_per_step, seed=cfg.seed)
-                play = player(now, env, levels, tasks)
-                episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=now.error_budget))
-                given = rewards.add(episodes, role=SOLVER)
                 played = [pair for pair in zip(episodes, chosen, strict=True) if pair[0].ending != "failed"]
                 tree = lay_tree([episode for episode, _ in played])
 
                 asked = Played(tree, [task for _, task in played], env, rewards)
-                judged = judge_tree(now, levels, asked, seed=seed)
-                learned = learn(now, step, levels, tree, judged, seed=seed)
-                levels.publish()  # also a level that rests forgets what it has cached, as a resumed run would have
+                judged = judge_tree(now, levels, asked, seed=seed, stale=rollouts.stale(SOLVER))
+                learned = learn(now, step, levels, tree, judged, seed=seed, stale=rollouts.stale)
+                rollouts.publish()  # also a level that rests forgets what it has cached, as a resumed run would have
 
                 seen = described(tree)
                 levels.stages.saw(seen["reward/mean"])
@@ -359,12 +375,29 @@ def turn_of(cfg: Config, step: int) -> tuple[str, ...]:
     return (SOLVER,) if step % (coach + solver) < solver else (COACH,)
 
 
-def player(cfg: Config, env: EnvSpec, levels: Levels, tasks: Sequence[Task]) -> Play:
-    """How an episode goes at this stage."""
+def player(cfg: Config, env: EnvSpec, levels: Levels, rewards: Rewards) -> Player[Found]:
+    """Plays the episodes of a step as its stage says, and has every attempt judged."""
+    tasks = env.tasks("train")
+
+    def play(roles: Mapping[str, Role], step: int, run: Run) -> Found:
+        now = cfg.plans[levels.stages.at(step)]
+        chosen = task_batch(tasks, step, now.tasks_per_step, seed=cfg.seed)
+        how = branching(now, env, levels, tasks, {name: role.sampler for name, role in roles.items()})
+        episodes = run(collect(chosen, how, seed=derive_seed(cfg.seed, step), error_budget=now.error_budget))
+        return Found(episodes, rewards.add(episodes, role=SOLVER))
+
+    return play
+
+
+def branching(
+    cfg: Config, env: EnvSpec, levels: Levels, tasks: Sequence[Task], samplers: Mapping[str, Sampler]
+) -> Play:
+    """How an episode goes at this stage, the levels speaking through these samplers."""
+    coach = levels.coach if cfg.coached else None
     return feedback_tree(
         env.make,
-        levels.solver.role(cfg.solver.sampling),
-        levels.coach.role(cfg.coach.sampling) if levels.coach is not None and cfg.coached else None,
+        levels.solver.role(cfg.solver.sampling, samplers[SOLVER]),
+        None if coach is None else coach.role(cfg.coach.sampling, samplers[COACH]),
         shape=cfg.shape,
         templates=cfg.templates,
         context=cfg.context,
@@ -373,8 +406,18 @@ def player(cfg: Config, env: EnvSpec, levels: Levels, tasks: Sequence[Task]) -> 
     )
 
 
-def learn(cfg: Config, step: int, levels: Levels, tree: Tree, judged: Judged, *, seed: int) -> dict[str, float]:
-    """One step of the levels whose turn it is."""
+def learn(
+    cfg: Config,
+    step: int,
+    levels: Levels,
+    tree: Tree,
+    judged: Judged,
+    *,
+    seed: int,
+    stale: Callable[[str], Stale | None] = lambda name: None,
+) -> dict[str, float]:
+    """One step of the levels whose turn it is. `stale` says of each what corrects turns that older weights have said,
+    if they have."""
     metrics: dict[str, float] = {}
     learning = turn_of(cfg, step)
     advantages_N = torch.zeros(len(tree.turns))
@@ -402,6 +445,7 @@ def learn(cfg: Config, step: int, levels: Levels, tree: Tree, judged: Judged, *,
             advantages_N,
             tokens_per_pass=cfg.tokens_per_pass,
             seed=seed,
+            stale=stale(name),
         )
         metrics |= {key.replace("policy/", f"{name}/", 1): number for key, number in learned.items()}
     if levels.average is not None:
@@ -411,9 +455,10 @@ def learn(cfg: Config, step: int, levels: Levels, tree: Tree, judged: Judged, *,
 
 def engines(cfg: Config, levels: Levels) -> dict[str, Engine]:
     """Who speaks, and how long; one engine where both levels are the same weights."""
-    found = {SOLVER: Engine(levels.solver.actor.sampler, cfg.solver.sampling)}
+    ahead = cfg.asynchronous.max_staleness
+    found = {SOLVER: Engine(levels.solver.actor.sampler, cfg.solver.sampling, ahead)}
     if levels.coach is not None and levels.coach.actor.sampler is not levels.solver.actor.sampler:
-        found[COACH] = Engine(levels.coach.actor.sampler, cfg.coach.sampling)
+        found[COACH] = Engine(levels.coach.actor.sampler, cfg.coach.sampling, ahead)
     return found
 
 

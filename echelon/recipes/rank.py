@@ -13,9 +13,9 @@ instead of with a value model, unless `baseline: value`; KL to the start is esti
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,18 +27,20 @@ from echelon.config import LoraConfig, ModelConfig, OptimConfig, SamplingConfig,
 from echelon.config.loading import to_yaml
 from echelon.data.candidates import CandidateReplay, Choice, Options
 from echelon.data.packing import Batch, Sampled, pack
+from echelon.envs import EnvSpec
 from echelon.errors import DataError
 from echelon.models.heads import TokenValue
 from echelon.models.lm import attention_inputs, hidden_states
 from echelon.models.ranker import Ranker
 from echelon.ops import bellman, credit, losses, ranking
 from echelon.ops.masked import explained_variance, masked_var
-from echelon.rollout.candidates import candidate_loop, choices, new_ranker, offer_rows
+from echelon.rollout.ahead import Level, Player, Rollouts, Run, check_ahead
+from echelon.rollout.candidates import Offered, candidate_loop, choices, new_ranker, offer_rows
 from echelon.rollout.evaluate import rollout_metrics
 from echelon.rollout.memory import Engine, Plan
-from echelon.rollout.rewards import open_rewards, open_tasks
+from echelon.rollout.rewards import Rewards, open_rewards, open_tasks
 from echelon.rollout.roles import Role, collect, decoders
-from echelon.rollout.setup import Actor, describe, open_actor, set_threads, task_batch
+from echelon.rollout.setup import Actor, describe, open_actor, open_copy, set_threads, task_batch
 from echelon.sampling.candidates import Chooser, Offer, lay_candidates, q_of, q_values, ranker_score
 from echelon.seeds import derive_seed
 from echelon.text.chat import Example
@@ -47,6 +49,7 @@ from echelon.train.checkpoint import Checkpoints, Saveable
 from echelon.train.learner import Learner, Weights, average
 from echelon.train.log import Log, episode_rows
 from echelon.train.policy import PolicyConfig, passes, starting_policy, update_policy
+from echelon.train.stale import AsyncConfig, Stale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,8 @@ class Config(TaskConfig):
     """States whose candidates' scores deviate less than this from one another teach the generator nothing."""
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(epochs=2))
     """How the generator learns."""
+    asynchronous: AsyncConfig = field(default_factory=AsyncConfig)
+    """Playing the coming steps while one trains."""
     tokens_per_pass: int = 4096
     """Most tokens, padding included, in one forward and backward pass."""
 
@@ -126,6 +131,7 @@ class Config(TaskConfig):
             demand(self, name, 0 <= getattr(self, name) <= 1, "a discount lies between 0 and 1.")
         demand(self, "tau", 0 < self.tau <= 1, "the target would never move, or overshoot. Give a number in (0, 1].")
         demand(self, "min_spread", self.min_spread >= 0, "a deviation is not negative. Give 0 to use every state.")
+        check_ahead(self, self.asynchronous, self.model, self.lora, self.sampling)
 
 
 @dataclass(slots=True)
@@ -161,45 +167,77 @@ def main(cfg: Config) -> None:
     levels = open_levels(cfg, actor)
     if cfg.dry_run:
         sampled = cfg.episodes_per_step * (cfg.max_turns if cfg.env else 1) * cfg.candidates * cfg.sampling.max_tokens
-        engines = {"actor": Engine(actor.sampler, cfg.sampling)}
-        plan = Plan({**levels.parts(), **rewards.modules()}, cfg.dist, cfg.tokens_per_pass, engines)
+        ahead = cfg.asynchronous.max_staleness
+        engines = {"actor": Engine(actor.sampler, cfg.sampling, ahead)}
+        copies = {"ranker": (levels.online, ahead)}
+        plan = Plan({**levels.parts(), **rewards.modules()}, cfg.dist, cfg.tokens_per_pass, engines, copies)
         return describe({"actor": actor.module, "ranker": levels.online}, tokens_per_step=sampled, plan=plan)
 
-    tasks, parts = env.tasks("train"), levels.parts()
-    score = ranker_score(levels.online, tokens_per_pass=cfg.tokens_per_pass)
-    chooser = Chooser(actor.sampler, score, cfg.candidates)
-    role = Role("actor", chooser, actor.role.renderer, actor.role.params)
-    play = candidate_loop(env.make, role, chooser, max_turns=cfg.max_turns)
-    out = Path(cfg.out)
-    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    play, out = player(cfg, env, rewards), Path(cfg.out)
+    level = acting(cfg, actor, levels)
+    rollouts = Rollouts(cfg.asynchronous, {"actor": level}, play, steps=cfg.steps, read=Offered.from_json)
+    parts = levels.parts() | rollouts.parts()
+    checkpoints = Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume)
+    with checkpoints, rollouts:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
-        actor.sampler.load(levels.policy.weights(), levels.policy.version)
+        rollouts.publish()
         if not cfg.resume:
             checkpoints.save(0, parts)
         with Log(out, total=cfg.steps, start=start, name="rank", config=cfg.log, settings=cfg) as log:
             for step in range(start, cfg.steps):
                 seed = derive_seed(cfg.seed, step)
                 torch.manual_seed(seed)  # dropout, where an adapter has any
-                chooser.epsilon = ranking.exploration_rate(
-                    step, cfg.steps, epsilon=cfg.epsilon, floor=cfg.epsilon_floor
-                )
-                chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
-                episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
-                given, offers = rewards.add(episodes), dist.union(chooser.take())
+                done = rollouts.take(step)
+                episodes, offers, given = done.episodes, done.offers, done.metrics | rollouts.metrics()
                 played = [episode for episode in episodes if episode.ending != "failed"]
                 found = [choices(episode, offers) for episode in played]
                 levels.replay.add(found)
 
-                learned = learn(cfg, step, levels, found, [offers[turn.seed] for e in played for turn in e.turns])
+                offered = [offers[turn.seed] for episode in played for turn in episode.turns]
+                learned = learn(cfg, step, levels, found, offered, rollouts.stale("actor"))
                 # Also where the generator rests: it forgets what it has cached, as a resumed run would have.
-                actor.sampler.load(levels.policy.weights(), levels.policy.version)
+                rollouts.publish()
 
-                exploring = {"candidates/epsilon": chooser.epsilon}
-                log.metrics(step, {**rollout_metrics(episodes), **given, **exploring, **learned})
-                rows = episode_rows(episodes[:8], decode=decoders(role))
+                log.metrics(step, {**rollout_metrics(episodes), **given, **learned})
+                rows = episode_rows(episodes[:8], decode=decoders(actor.role))
                 log.episodes(step, offer_rows(rows, episodes[:8], offers))
                 if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     checkpoints.save(step + 1, parts)
+
+
+def acting(cfg: Config, actor: Actor, levels: Levels) -> Level:
+    """Who plays: the generator, through a chooser by the ranker. A copy has a ranker of its own, which is handed over
+    with the generator's weights."""
+
+    def chosen(role: Role, ranker: Ranker, follow: Callable[[], None] = lambda: None) -> Role:
+        score = ranker_score(ranker, tokens_per_pass=cfg.tokens_per_pass)
+        chooser = Chooser(role.sampler, score, cfg.candidates, follow=follow)
+        return Role(role.name, chooser, role.renderer, role.params)
+
+    def copied() -> Role:
+        twin = levels.online.target()
+        return chosen(open_copy(actor, cfg.sampling), twin, partial(bellman.hard_copy_, twin, levels.online))
+
+    role = chosen(actor.role, levels.online)
+    return Level(replace(actor, sampler=role.sampler, role=role), levels.policy, cfg.sampling, copied)
+
+
+def player(cfg: Config, env: EnvSpec, rewards: Rewards) -> Player[Offered]:
+    """Plays the episodes of a step, choosing as that step explores, and has them judged."""
+    tasks = env.tasks("train")
+
+    def play(roles: Mapping[str, Role], step: int, run: Run) -> Offered:
+        role, seed = roles["actor"], derive_seed(cfg.seed, step)
+        chooser = role.sampler
+        assert isinstance(chooser, Chooser), "one of several candidates is said"
+        chooser.epsilon = ranking.exploration_rate(step, cfg.steps, epsilon=cfg.epsilon, floor=cfg.epsilon_floor)
+        loop = candidate_loop(env.make, role, chooser, max_turns=cfg.max_turns)
+        tried = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
+        episodes = run(collect(tried, loop, seed=seed, error_budget=cfg.error_budget))
+        given = rewards.add(episodes) | {"candidates/epsilon": chooser.epsilon}
+        return Offered(episodes, given, dist.union(chooser.take()))
+
+    return play
 
 
 def open_levels(cfg: Config, actor: Actor) -> Levels:
@@ -224,11 +262,17 @@ def open_levels(cfg: Config, actor: Actor) -> Levels:
 
 
 def learn(
-    cfg: Config, step: int, levels: Levels, found: Sequence[Sequence[Choice]], offers: Sequence[Offer]
+    cfg: Config,
+    step: int,
+    levels: Levels,
+    found: Sequence[Sequence[Choice]],
+    offers: Sequence[Offer],
+    stale: Stale | None = None,
 ) -> dict[str, float]:
     """One step of both levels: the ranker from the replay, then the generator from the fresh states as it ranks them.
 
-    `offers` are those of the decisions in `found`, one after the other.
+    `offers` are those of the decisions in `found`, one after the other. `stale` corrects candidates that older weights
+    have drawn; choices need no correction: Q learns from anybody's.
     """
     returns_N, fresh = returns(cfg, found), [choice for episode in found for choice in episode]
     if step == 0:
@@ -248,7 +292,7 @@ def learn(
         rewards_N = torch.tensor([choice.reward for choice in fresh])
         terminated_N = torch.tensor([choice.terminated for choice in fresh])
         scores_NK = ranking.candidate_scores(q_NK, chosen_N, rewards_N, terminated_N)
-        learned |= update_generator(cfg, step, levels, offers, scores_NK)
+        learned |= update_generator(cfg, step, levels, offers, scores_NK, stale)
     return learned
 
 
@@ -302,7 +346,12 @@ def ranker_loss(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, floa
 
 
 def update_generator(
-    cfg: Config, step: int, levels: Levels, offers: Sequence[Offer], scores_NK: Float[Tensor, "N K"]
+    cfg: Config,
+    step: int,
+    levels: Levels,
+    offers: Sequence[Offer],
+    scores_NK: Float[Tensor, "N K"],
+    stale: Stale | None = None,
 ) -> dict[str, float]:
     """The low level: PPO on all candidates of the fresh states whose scores differ enough."""
     used_N = ranking.spread(scores_NK) >= cfg.min_spread
@@ -327,6 +376,7 @@ def update_generator(
         temperature=cfg.sampling.temperature,
         tokens_per_pass=cfg.tokens_per_pass,
         seed=seed,
+        stale=stale,
     )
 
 

@@ -14,7 +14,7 @@ is over tokens; before its first update the value model is shifted to the mean r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from echelon.config.loading import to_yaml
 from echelon.data.strategies import TransitionConfig
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError
+from echelon.rollout.ahead import Level, Played, Player, Rollouts, Run, check_ahead
 from echelon.rollout.dialogue import RESPONDER, STRATEGIST, env_inventory, named, strategy_loop
 from echelon.rollout.evaluate import rollout_metrics
 from echelon.rollout.learners import open_value, ptx_batches
@@ -34,7 +35,14 @@ from echelon.rollout.memory import Engine, Plan
 from echelon.rollout.rewards import Rewards, open_rewards
 from echelon.rollout.roles import Role, collect, decoders
 from echelon.rollout.setup import Actor, describe, open_actor, open_env, set_threads, task_batch
-from echelon.rollout.told import is_strategist, open_states, open_strategist, teller, told_loop
+from echelon.rollout.told import (
+    is_strategist,
+    open_states,
+    open_strategist,
+    strategist_beside,
+    teller,
+    told_loop,
+)
 from echelon.seeds import derive_seed
 from echelon.text.dialogue import Inventory
 from echelon.text.dialogue import inventory as inventory_of
@@ -43,6 +51,7 @@ from echelon.train.checkpoint import Checkpoints
 from echelon.train.clock import phase
 from echelon.train.log import Log, episode_rows
 from echelon.train.responder import Judged, Lower, ResponderConfig
+from echelon.train.stale import AsyncConfig
 from echelon.types import Episode, Play, Task, Turn
 
 JUDGE = "judge"
@@ -89,6 +98,8 @@ class Config(TaskConfig):
     """Conversations whose answers the responder goes on learning to say, weighted by low.policy.ptx_coef."""
     ptx_rows: int = 8
     """Conversations that join each optimizer step of the responder."""
+    asynchronous: AsyncConfig = field(default_factory=AsyncConfig)
+    """Playing the coming steps while one trains."""
     eval_every: int = 0
     """Steps between evaluations on what is held out; 0 evaluates nothing."""
     eval_episodes: int = 64
@@ -105,6 +116,8 @@ class Config(TaskConfig):
         demand(self, "error_budget", 0 <= self.error_budget < 1, "it is a fraction of the episodes. Give 0 to 0.99.")
         demand(self, "strategist_epsilon", 0 <= self.strategist_epsilon <= 1, "it is a probability. Give 0 to 1.")
         demand(self, "eval_every", self.eval_every >= 0, "it counts steps. Give 0 to evaluate nothing.")
+        now = "eval_every" if self.eval_every else ""
+        check_ahead(self, self.asynchronous, self.model, self.lora, self.sampling, now=now)
         told = self.strategist != "data" or bool(self.data.path)
         demand(self, "strategist", told, "an environment has no rows that name one. Give random, or data.path.")
         known = not self.data.path or bool(self.strategies) or is_strategist(self.strategist)
@@ -123,7 +136,8 @@ class World:
     """What is played, and how."""
 
     env: EnvSpec
-    play: Play
+    play: Callable[[Role], Play]
+    """How the responder plays, here or beside the others."""
     rewards: Rewards
     inventory: Inventory
 
@@ -138,32 +152,35 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         most = cfg.max_turns if cfg.env else 1
         sampled = cfg.episodes_per_step * cfg.replies_per_state * most * cfg.sampling.max_tokens
-        engines = {RESPONDER: Engine(actor.sampler, cfg.sampling)}
+        engines = {RESPONDER: Engine(actor.sampler, cfg.sampling, cfg.asynchronous.max_staleness)}
         plan = Plan({**lower.parts(), **world.rewards.modules()}, cfg.dist, cfg.tokens_per_pass, engines)
         return describe({RESPONDER: actor.module, "value": lower.online}, tokens_per_step=sampled, plan=plan)
 
-    tasks, parts = world.env.tasks("train"), lower.parts()
+    levels, play = {RESPONDER: Level(actor, lower.policy, cfg.sampling)}, player(cfg, world)
+    rollouts = Rollouts(cfg.asynchronous, levels, play, steps=cfg.steps, read=Played.from_json)
+    parts, out = lower.parts() | rollouts.parts(), Path(cfg.out)
     held_out = world.env.tasks("test") if cfg.eval_every else []
-    out = Path(cfg.out)
-    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    checkpoints = Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume)
+    with checkpoints, rollouts:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
-        actor.sampler.load(lower.policy.weights(), lower.policy.version)
+        rollouts.publish()
         if not cfg.resume:
             checkpoints.save(0, parts)
         with Log(out, total=cfg.steps, start=start, name="responder", config=cfg.log, settings=cfg) as log:
             for step in range(start, cfg.steps):
                 seed = derive_seed(cfg.seed, step)
                 torch.manual_seed(seed)  # dropout, where an adapter has any
-                chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
-                episodes, given = play(cfg, world, chosen, seed=seed, siblings=cfg.replies_per_state)
+                found = rollouts.take(step)
+                episodes, given = found.episodes, found.metrics | rollouts.metrics()
                 judged, turns = judge(lower, episodes)
-                learned = lower.learn(judged, seed=seed)
-                # Also while warming up: it forgets what it has cached, as a resumed run would have.
-                actor.sampler.load(lower.policy.weights(), lower.policy.version)
+                learned = lower.learn(judged, seed=seed, stale=rollouts.stale(RESPONDER))
+                rollouts.publish()  # also while warming up: caches are forgotten, as a resumed run's would have been
 
                 metrics = {**rollout_metrics(of_replies(episodes)), **given, **judged.metrics, **learned}
                 if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
-                    metrics |= evaluate(cfg, world, held_out)
+                    if cfg.asynchronous.max_staleness:  # who plays ahead are others
+                        actor.sampler.load(lower.policy.weights(), lower.policy.version)
+                    metrics |= evaluate(cfg, world, actor.role, held_out)
                 log.metrics(step, metrics)
                 told = {name: zip(turns, x_N.tolist(), strict=True) for name, x_N in judged.columns.items()}
                 log.episodes(step, episode_rows(episodes[:8], decode=decoders(actor.role), per_turn=told))
@@ -189,10 +206,15 @@ def open_world(cfg: Config, responder: Role) -> World:
         weight = dict(zip(cfg.reward, cfg.reward_weights, strict=False)).get(JUDGE, 1.0)
         read = partial(open_states, cfg.data, inventory, cfg.columns, responder, seed=cfg.seed)
         env = read(judge=asked, weight=weight)
-    if strategist is None:
-        how = told_loop(env.make, responder, teller(source, inventory), max_turns=cfg.max_turns)
-    else:
-        how = strategy_loop(env.make, strategist, responder, inventory=inventory, max_turns=cfg.max_turns)
+    make, tell = env.make, None if strategist is not None else teller(source, inventory)
+
+    def how(responder: Role) -> Play:
+        if tell is not None:
+            return told_loop(make, responder, tell, max_turns=cfg.max_turns)
+        assert strategist is not None, "somebody tells"
+        beside = strategist_beside(strategist)
+        return strategy_loop(make, beside, responder, inventory=inventory, max_turns=cfg.max_turns)
+
     return World(env, how, open_others(cfg), inventory)
 
 
@@ -230,15 +252,35 @@ def open_lower(cfg: Config, actor: Actor) -> Lower:
     )
 
 
-def play(
-    cfg: Config, world: World, tasks: Sequence[Task], *, seed: int, siblings: int
-) -> tuple[list[Episode], dict[str, float]]:
-    """The episodes of a step with all they earned, and what each source of reward gave."""
-    episodes = asyncio.run(collect(tasks, world.play, seed=seed, siblings=siblings, error_budget=cfg.error_budget))
+def player(cfg: Config, world: World) -> Player[Played]:
+    """Plays the episodes of a step, and has them judged."""
+    tasks = world.env.tasks("train")
+
+    def play(roles: Mapping[str, Role], step: int, run: Run) -> Played:
+        chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
+        seed, siblings = derive_seed(cfg.seed, step), cfg.replies_per_state
+        return replied(cfg, world, roles[RESPONDER], chosen, seed=seed, siblings=siblings, run=run)
+
+    return play
+
+
+def replied(
+    cfg: Config,
+    world: World,
+    responder: Role,
+    tasks: Sequence[Task],
+    *,
+    seed: int,
+    siblings: int,
+    run: Run = asyncio.run,
+) -> Played:
+    """Episodes of these tasks with all they earned, and what each source of reward gave."""
+    loop, budget = world.play(responder), cfg.error_budget
+    episodes = run(collect(tasks, loop, seed=seed, siblings=siblings, error_budget=budget))
     for episode in episodes:
         if chosen := episode.of(STRATEGIST):
             episode.data = {**episode.data, "strategy": named(world.inventory, chosen[-1].text)}
-    return episodes, world.rewards.add(episodes)
+    return Played(episodes, world.rewards.add(episodes))
 
 
 def judge(lower: Lower, episodes: Sequence[Episode]) -> tuple[Judged, list[Turn]]:
@@ -257,8 +299,9 @@ def of_replies(episodes: Sequence[Episode]) -> list[Episode]:
 
 
 @phase("evaluation")
-def evaluate(cfg: Config, world: World, tasks: Sequence[Task]) -> dict[str, float]:
+def evaluate(cfg: Config, world: World, responder: Role, tasks: Sequence[Task]) -> dict[str, float]:
     """What replies to held-out states earn, under "eval/"; the same ones every time, drawn as in training."""
     chosen = task_batch(tasks, 0, min(cfg.eval_episodes, len(tasks)), seed=cfg.seed)
-    episodes, given = play(cfg, world, chosen, seed=derive_seed(cfg.seed, "eval"), siblings=1)
-    return {f"eval/{name}": number for name, number in {**rollout_metrics(of_replies(episodes)), **given}.items()}
+    found = replied(cfg, world, responder, chosen, seed=derive_seed(cfg.seed, "eval"), siblings=1)
+    told = {**rollout_metrics(of_replies(found.episodes)), **found.metrics}
+    return {f"eval/{name}": number for name, number in told.items()}

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,10 +34,11 @@ from echelon.data.candidates import CandidateReplay, Choice
 from echelon.data.strategies import TransitionConfig, file_rewards, load_transitions, transitions_to_choices
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError
-from echelon.models import lora as adapters
 from echelon.models.options import Reading
 from echelon.ops import bellman
 from echelon.ops.options import going_on
+from echelon.rollout.ahead import HasWeights, Level, Player, Rollouts, Run, check_ahead
+from echelon.rollout.candidates import Offered
 from echelon.rollout.dialogue import (
     RESPONDER,
     STRATEGIST,
@@ -49,10 +51,10 @@ from echelon.rollout.dialogue import (
     strategy_rows,
 )
 from echelon.rollout.learners import open_value, ptx_batches
-from echelon.rollout.levels import Kept, chooser, learned_reading, open_levels, strategist_path
+from echelon.rollout.levels import Kept, chooser, chooser_copy, learned_reading, open_levels, strategist_path
 from echelon.rollout.memory import Engine, Plan
-from echelon.rollout.rewards import open_rewards, open_tasks
-from echelon.rollout.roles import collect, decoders
+from echelon.rollout.rewards import Rewards, open_rewards, open_tasks
+from echelon.rollout.roles import Role, collect, decoders
 from echelon.rollout.setup import Actor, describe, set_threads, task_batch
 from echelon.sampling.candidates import Offer
 from echelon.seeds import derive_seed
@@ -63,6 +65,7 @@ from echelon.train.clock import phase
 from echelon.train.learner import average
 from echelon.train.log import Log, episode_rows
 from echelon.train.responder import Judged, Lower, ResponderConfig
+from echelon.train.stale import AsyncConfig, Stale
 from echelon.train.strategy import StrategyConfig, Upper
 from echelon.types import Episode, Turn
 
@@ -137,6 +140,8 @@ class Config(TaskConfig):
     """Steps between evaluations, the last step included: tasks of the test split, strategies as Q likes them best."""
     eval_episodes: int = 60
     """Dialogues per evaluation."""
+    asynchronous: AsyncConfig = field(default_factory=AsyncConfig)
+    """Playing the coming steps while one trains."""
     tokens_per_pass: int = 4096
     """Most tokens, padding included, in one forward and backward pass."""
 
@@ -157,6 +162,9 @@ class Config(TaskConfig):
         demand(self, "reward_share_weight", shares, "levels would work against each other. Give 0 or more.")
         self._check_mode()
         self._check_blocks()
+        for model in (self.strategist, self.responder):
+            now = "eval_every" if self.eval_every else ""
+            check_ahead(self, self.asynchronous, model, self.lora, self.sampling, now=now)
 
     def _check_mode(self) -> None:
         parse_cycle(self.cycle)
@@ -215,38 +223,54 @@ def main(cfg: Config) -> None:
     set_threads(cfg.threads, levels.responder.module)
     if cfg.dry_run:
         sampled = cfg.episodes_per_step * cfg.max_turns * cfg.sampling.max_tokens
-        engines = {RESPONDER: Engine(levels.responder.sampler, cfg.sampling)}
-        plan = Plan({**levels.parts(), **rewards.modules()}, cfg.dist, cfg.tokens_per_pass, engines)
+        ahead = cfg.asynchronous.max_staleness
+        engines = {RESPONDER: Engine(levels.responder.sampler, cfg.sampling, ahead)}
+        copies = {} if levels.upper is None else {STRATEGIST: (levels.upper.online.lm, ahead)}
+        plan = Plan({**levels.parts(), **rewards.modules()}, cfg.dist, cfg.tokens_per_pass, engines, copies)
         return describe(levels.modules(), tokens_per_step=sampled, plan=plan)
 
-    tasks, parts = env.tasks("train"), levels.parts()
-    play = players.play(env.make, max_turns=cfg.max_turns)
-    out = Path(cfg.out)
-    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    play, out = player(cfg, env, rewards, players), Path(cfg.out)
+    rollouts = Rollouts(cfg.asynchronous, levels.acting(cfg), play, steps=cfg.steps, read=Offered.from_json)
+    parts = levels.parts() | rollouts.parts()
+    checkpoints = Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume)
+    with checkpoints, rollouts:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
-        levels.publish()
+        rollouts.publish()
         if not cfg.resume:
             checkpoints.save(0, parts)
         with Log(out, total=cfg.steps, start=start, name="tosca", config=cfg.log, settings=cfg) as log:
             for step in range(start, cfg.steps):
                 seed = derive_seed(cfg.seed, step)
                 torch.manual_seed(seed)  # dropout, where an adapter has any
-                exploring = explore(cfg, step, players)
-                chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
-                episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
-                given, offers = rewards.add(episodes), dist.union(players.take())
+                found = rollouts.take(step)
+                episodes, offers, given = found.episodes, found.offers, found.metrics | rollouts.metrics()
                 told = dialogue_metrics(episodes, offers, players.inventory if players.strategist else None)
 
-                learned, columns = learn(cfg, step, levels, episodes, offers)
-                levels.publish()  # also a level that rests forgets what it has cached, as a resumed run would have
+                learned, columns = learn(cfg, step, levels, episodes, offers, rollouts.stale(RESPONDER))
+                rollouts.publish()  # also a level that rests forgets what it has cached, as a resumed run would have
                 evaluated = evaluate(cfg, step, levels, env)
 
-                log.metrics(step, {**told, **given, **exploring, **learned, **evaluated})
+                log.metrics(step, {**told, **given, **learned, **evaluated})
                 decode = decoders(players.strategist, players.responder)
                 rows = episode_rows(episodes[:8], decode=decode, per_turn=columns)
                 log.episodes(step, strategy_rows(rows, episodes[:8], offers, players.inventory))
                 if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     checkpoints.save(step + 1, parts)
+
+
+def player(cfg: Config, env: EnvSpec, rewards: Rewards, players: Dialogists) -> Player[Offered]:
+    """Plays the dialogues of a step, strategies chosen as that step explores, and has them judged."""
+    tasks = env.tasks("train")
+
+    def play(roles: Mapping[str, Role], step: int, run: Run) -> Offered:
+        acting = players.through(roles)
+        exploring = explore(cfg, step, acting)
+        chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
+        loop, seed = acting.play(env.make, max_turns=cfg.max_turns), derive_seed(cfg.seed, step)
+        episodes = run(collect(chosen, loop, seed=seed, error_budget=cfg.error_budget))
+        return Offered(episodes, rewards.add(episodes) | exploring, dist.union(acting.take()))
+
+    return play
 
 
 @dataclass(slots=True)
@@ -279,12 +303,21 @@ class Levels:
             return parts | {RESPONDER: Kept(self.responder.module, self.responder.tokenizer)}
         return parts | self.lower.parts()
 
-    def publish(self) -> None:
+    def acting(self, cfg: Config) -> dict[str, Level]:
+        """Who plays with which weights. Who chooses by chance has none."""
+        kept = Kept(self.responder.module, self.responder.tokenizer)
+        below: HasWeights = kept if self.lower is None else self.lower.policy
+        found, role = {RESPONDER: Level(self.responder, below, cfg.sampling)}, self.players.strategist
+        if self.strategist is not None and self.upper is not None and role is not None:
+            chooses = replace(self.strategist, sampler=role.sampler, role=role)
+            copied = partial(chooser_copy, role, self.upper.online)
+            found[STRATEGIST] = Level(chooses, self.upper.learner, cfg.sampling, copied)
+        return found
+
+    def publish(self, cfg: Config) -> None:
         """Give the engine the responder's weights of now. What chooses reads its own as they are."""
-        version = 0 if self.lower is None else self.lower.policy.version
-        self.responder.sampler.load(adapters.merged_weights(self.responder.module), version)
-        if self.players.chooser and self.upper:
-            self.players.chooser.load((), self.upper.learner.version)
+        for level in self.acting(cfg).values():
+            level.actor.sampler.load(level.learner.weights(), level.learner.version)
 
 
 def open_both(cfg: Config, env: EnvSpec) -> Levels:
@@ -369,9 +402,17 @@ def explore(cfg: Config, step: int, players: Dialogists) -> dict[str, float]:
 
 
 def learn(
-    cfg: Config, step: int, levels: Levels, episodes: Sequence[Episode], offers: Mapping[int, Offer]
+    cfg: Config,
+    step: int,
+    levels: Levels,
+    episodes: Sequence[Episode],
+    offers: Mapping[int, Offer],
+    stale: Stale | None = None,
 ) -> tuple[dict[str, float], dict[str, list[tuple[Turn, float]]]]:
-    """One step of who learns in it, both from the same dialogues; what to log, and columns of numbers per turn."""
+    """One step of who learns in it, both from the same dialogues; what to log, and columns of numbers per turn.
+
+    `stale` corrects replies that older weights have written. Decisions need no correction: Q learns from anybody's.
+    """
     above, below = learns(cfg, step)
     played = [episode for episode in episodes if episode.ending != "failed"]
     replies = [turn for episode in played for turn in episode.of(RESPONDER)]
@@ -394,7 +435,7 @@ def learn(
         if above:
             logged |= update_upper(cfg, step, levels)
     if below and levels.lower is not None and judged is not None:
-        logged |= levels.lower.learn(judged, seed=derive_seed(cfg.seed, "responder", step))
+        logged |= levels.lower.learn(judged, seed=derive_seed(cfg.seed, "responder", step), stale=stale)
     return logged, columns
 
 
@@ -460,6 +501,8 @@ def evaluate(cfg: Config, step: int, levels: Levels, env: EnvSpec) -> dict[str, 
     if not cfg.eval_every or not (last or (step + 1) % cfg.eval_every == 0):
         return {}
     players, tasks = levels.players, env.tasks("test")
+    if cfg.asynchronous.max_staleness:
+        levels.publish(cfg)  # who plays ahead are others
     if players.chooser is not None and cfg.choose == "learned":
         players.chooser.pick = "greedy"
     chosen = [tasks[place % len(tasks)] for place in range(cfg.eval_episodes)]
@@ -467,5 +510,5 @@ def evaluate(cfg: Config, step: int, levels: Levels, env: EnvSpec) -> dict[str, 
     seed = derive_seed(cfg.seed, "evaluation")
     episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
     told = dialogue_metrics(episodes, dist.union(players.take()), players.inventory if players.strategist else None)
-    levels.publish()
+    levels.publish(cfg)
     return {f"eval/{name}": number for name, number in told.items()}

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
+
+from torch import Tensor
 
 from echelon.config import LoraConfig, ModelConfig, SamplingConfig, demand
 from echelon.errors import ConfigError, RolloutError
@@ -23,7 +25,6 @@ from echelon.rollout.setup import Actor, open_copy
 from echelon.train import dist
 from echelon.train.checkpoint import Saveable
 from echelon.train.clock import phase
-from echelon.train.learner import Learner
 from echelon.train.stale import AsyncConfig, Stale
 from echelon.types import Episode, Turn
 
@@ -68,13 +69,28 @@ class Played:
         return cls([read_episode(row) for row in saved["episodes"]], saved["metrics"])
 
 
+class HasWeights(Protocol):
+    """Weights, and which ones: a learner's, or those of a level that stays as it is."""
+
+    @property
+    def version(self) -> int: ...
+    def weights(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A role that acts with weights that learn."""
+    """Who acts with which weights. The same one under two names: two roles that speak with one set of weights."""
 
     actor: Actor
-    learner: Learner
+    learner: HasWeights
     sampling: SamplingConfig
+    copied: Callable[[], Role] | None = None
+    """Makes such a role with weights of its own, those that its sampler was last given by `load`; None: an engine
+    around a copy of the actor's module."""
+
+    def copy(self) -> Role:
+        """The role with weights of its own."""
+        return open_copy(self.actor, self.sampling) if self.copied is None else self.copied()
 
 
 @dataclass(slots=True)
@@ -122,18 +138,19 @@ class Rollouts(Generic[Found]):
         self._play, self._steps, self._read = play, steps, read
         self._live = {name: level.actor.role for name, level in levels.items()}
         self._stale = {name: Stale(settings, name) for name in levels}
-        self._threads = [
-            _Thread({name: open_copy(level.actor, level.sampling) for name, level in levels.items()})
-            for _ in range(settings.max_staleness)
-        ]
+        self._first: dict[int, str] = {}
+        """Of each set of weights, the name of the role that they are handed to."""
+        for name, level in levels.items():
+            self._first.setdefault(id(level), name)
+        self._threads = [_Thread(self._copies()) for _ in range(settings.max_staleness)]
         self._begun: dict[int, _Begun[Found]] = {}
         self._taken: tuple[int, _Begun[Found]] | None = None
 
     def publish(self) -> None:
         """Let those who act on live weights have them as they are now. Ahead, nobody does: `take` hands copies over."""
         if not self._threads:
-            for level in self.levels.values():
-                level.actor.sampler.load(level.learner.weights(), level.learner.version)
+            for name in self._first.values():
+                _hand_over(self.levels[name], self._live[name])
 
     def take(self, step: int) -> Found:
         """What this step has played; the rollout `max_staleness` steps later then begins with the weights of now.
@@ -205,11 +222,15 @@ class Rollouts(Generic[Found]):
     def _begin(self, step: int, *, at: int) -> None:
         """Hand the weights of now over, with which `at` steps have been trained, and play with them."""
         thread = self._threads[step % len(self._threads)]
-        versions = {}
-        for name, level in self.levels.items():
-            thread.roles[name].sampler.load(level.learner.weights(), level.learner.version)
-            versions[name] = level.learner.version
+        for name in self._first.values():
+            _hand_over(self.levels[name], thread.roles[name])
+        versions = {name: level.learner.version for name, level in self.levels.items()}
         self._begun[step] = _Begun(at, versions, thread.begin(self._play, step))
+
+    def _copies(self) -> dict[str, Role]:
+        """By its name, each role with weights of its own, and of those that share them one."""
+        made = {shared: self.levels[name].copy() for shared, name in self._first.items()}
+        return {name: made[id(level)] for name, level in self.levels.items()}
 
 
 class _Thread:
@@ -255,15 +276,30 @@ class _Thread:
                 self._running = None
 
 
+def _hand_over(level: Level, role: Role) -> None:
+    role.sampler.load(level.learner.weights(), level.learner.version)
+
+
 def check_ahead(
-    config: object, settings: AsyncConfig, model: ModelConfig, lora: LoraConfig, sampling: SamplingConfig
+    config: object,
+    settings: AsyncConfig,
+    model: ModelConfig,
+    lora: LoraConfig,
+    sampling: SamplingConfig,
+    *,
+    now: str = "",
 ) -> None:
-    """Raise ConfigError where steps cannot be played ahead: for `__post_init__` of a recipe with `asynchronous`."""
+    """Raise ConfigError where steps cannot be played ahead: for `__post_init__` of a recipe with `asynchronous`.
+
+    `now` is the setting, if any, that has the weights of now sampled from besides.
+    """
     in_turn, name = not settings.max_staleness, "asynchronous.max_staleness"
     because = "what plays is a copy of the weights, and weights of few bits are not copied. Leave quantization out."
     demand(config, name, in_turn or model.quantization == "none", because)
     because = "vLLM would disturb what lora.dropout draws meanwhile. Set it to 0, or use --sampler local."
     demand(config, name, in_turn or sampling.sampler != "vllm" or not lora.dropout, because)
+    because = f"a server holds one set of weights, and {now} asks the weights of now besides. Leave one of the two out."
+    demand(config, name, in_turn or sampling.sampler != "server" or not now, because)
 
 
 def read_episode(row: Mapping[str, Any]) -> Episode:

@@ -76,14 +76,13 @@ def response_scores(
         for raised in drawn:
             if isinstance(raised, EchelonError) or not isinstance(raised, Turn | Exception):
                 raise raised
-        found = {place: turn for place, turn in zip(places, drawn, strict=True) if isinstance(turn, Turn)}
-        beside = {place: answer_in(tree.episodes[int(tree.episode_N[place])], tree.turns[place]) for place in found}
-        verdicts = await rewards.judge([replace(beside[place], completion=found[place].text) for place in found])
-        for turn, verdict in zip(found.values(), verdicts, strict=True):
-            turn.reward += verdict.reward
-        return found
+        return {place: turn for place, turn in zip(places, drawn, strict=True) if isinstance(turn, Turn)}
 
     found = asyncio.run(all_of_them())
+    beside = {place: answer_in(tree.episodes[int(tree.episode_N[place])], tree.turns[place]) for place in found}
+    verdicts = rewards.score([replace(beside[place], completion=found[place].text) for place in found])
+    for turn, verdict in zip(found.values(), verdicts, strict=True):
+        turn.reward += verdict.reward
     score_N, parent_N, there = torch.zeros(len(tree.turns)), torch.full_like(tree.parent_N, -1), [*found]
     score_N[there], parent_N[there] = torch.tensor([found[place].reward for place in there]), tree.parent_N[there]
     best_N, known_N = child_mean(score_N, parent_N)

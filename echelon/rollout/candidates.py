@@ -6,7 +6,7 @@ What was not chosen is no part of an episode: its turns are what was said, and t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from echelon.data.candidates import Choice, Options
 from echelon.errors import CheckpointError, DataError
 from echelon.models.lm import load_tokenizer
 from echelon.models.ranker import Ranker
+from echelon.rollout.ahead import Played
 from echelon.rollout.plays import env_loop
 from echelon.rollout.roles import Role
 from echelon.rollout.setup import Actor, model_path, open_actor
@@ -25,6 +26,24 @@ from echelon.sampling.candidates import Chooser, Offer
 from echelon.seeds import derive_seed
 from echelon.train.learner import load_module
 from echelon.types import Env, Episode, Play, Task, Turn
+
+
+@dataclass(slots=True)
+class Offered(Played):
+    """What a step has played, and what was offered in its episodes, by the seed of the turn."""
+
+    offers: dict[int, Offer] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON types."""
+        return {**Played.to_json(self), "offers": {seed: asdict(offer) for seed, offer in self.offers.items()}}
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Offered:
+        """What `to_json` made this of."""
+        played = Played.from_json(saved)
+        offers = {int(seed): Offer.from_json(each) for seed, each in saved["offers"].items()}
+        return cls(played.episodes, played.metrics, offers)
 
 
 def candidate_loop(make: Callable[[Task], Env], actor: Role, chooser: Chooser, *, max_turns: int = 1000) -> Play:

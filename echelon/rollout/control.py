@@ -75,9 +75,8 @@ class Controllers:
         )
 
     def through(self, samplers: Mapping[str, Sampler]) -> Controllers:
-        """The same levels by other samplers; a planner that has none there speaks with the controller's."""
-        own = samplers[CONTROLLER]
-        return self._other(lambda role: Role(role.name, samplers.get(role.name, own), role.renderer, role.params))
+        """The same levels by other samplers."""
+        return self._other(lambda role: Role(role.name, samplers[role.name], role.renderer, role.params))
 
     def _other(self, way: Callable[[Role], Role]) -> Controllers:
         planner = None if self.planner is None else way(self.planner)

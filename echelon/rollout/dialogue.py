@@ -248,6 +248,14 @@ class Dialogists:
         sampler = None if self.strategist is None else self.strategist.sampler
         return sampler if isinstance(sampler, Strategist) else None
 
+    def through(self, roles: Mapping[str, Role]) -> Dialogists:
+        """The same, each by the role of its name there. One who chooses and has none there does not learn."""
+        strategist = roles.get(STRATEGIST)
+        if strategist is None and self.strategist is not None and self.chooser is not None:
+            own = self.strategist
+            strategist = Role(own.name, self.chooser.beside(), own.renderer, own.params)
+        return Dialogists(strategist, roles[RESPONDER], self.inventory)
+
     def take(self) -> dict[int, Offer]:
         """All offers since the last time, by the seed of the turn."""
         return {} if self.chooser is None else self.chooser.take()

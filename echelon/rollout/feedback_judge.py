@@ -9,13 +9,14 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from echelon.data.packing import Batch, Sampled, pack_siblings
+from echelon.data.packing import Sampled, pack_siblings
 from echelon.envs import EnvSpec
 from echelon.models.lm import token_logprobs
 from echelon.ops import losses
@@ -27,6 +28,7 @@ from echelon.rollout.feedback_levels import Level, LevelConfig, Levels, Rows, co
 from echelon.rollout.rewards import Rewards
 from echelon.train.learner import Learner
 from echelon.train.policy import reference_logprobs
+from echelon.train.stale import Stale
 from echelon.types import Task
 
 
@@ -74,9 +76,9 @@ class Judged:
     metrics: dict[str, float]
 
 
-def judge_tree(cfg: Settings, levels: Levels, played: Played, *, seed: int) -> Judged:
+def judge_tree(cfg: Settings, levels: Levels, played: Played, *, seed: int, stale: Stale | None = None) -> Judged:
     """Pack the turns of each level, ask how it began, what its words gave and what a best response earns, and say what
-    every turn is worth."""
+    every turn is worth. `stale` says that older weights than the solver's of now have said its turns."""
     tree = played.tree
     rows, kl_N, metrics = lay_levels(cfg, levels, tree)
     gain_N = None
@@ -84,7 +86,8 @@ def judge_tree(cfg: Settings, levels: Levels, played: Played, *, seed: int) -> J
         role = levels.solver.role(cfg.solver.sampling)
         asked = problem_alone(played.env.make, played.tasks, role, cfg.templates)
         reading = {"temperature": cfg.solver.sampling.temperature, "tokens_per_pass": cfg.tokens_per_pass}
-        gain_N = gains(levels.solver, tree, asyncio.run(asked), from_start=cfg.prior == "start", **reading)  # type: ignore[arg-type]
+        how = {"from_start": cfg.prior == "start", "older": stale is not None}
+        gain_N = gains(levels.solver, tree, asyncio.run(asked), **how, **reading)  # type: ignore[arg-type]
         told_N = gain_N[tree.later_N]
         metrics |= {"context/gain": float(told_N.mean()), "context/used": float((told_N > 0).float().mean())}
 
@@ -93,7 +96,7 @@ def judge_tree(cfg: Settings, levels: Levels, played: Played, *, seed: int) -> J
     expected_N = torch.zeros(len(tree.turns))
     for level, mine_N in levels.turns(tree):
         if level.name == COACH and cfg.credit.gap:
-            response_N, told = respond(cfg, levels, played, rows, value_N, expected_N, seed=seed)
+            response_N, told = respond(cfg, levels, played, rows, value_N, expected_N, seed=seed, stale=stale)
             value_N = credits(cfg.credit, tree, kl_N=kl_N, gain_N=gain_N, response_N=response_N)
             metrics |= told
         if level.value is not None and cfg.level(level.name).baseline == "value" and mine_N.any():
@@ -156,12 +159,15 @@ def gains(
     from_start: bool,
     temperature: float,
     tokens_per_pass: int,
+    older: bool = False,
 ) -> Float[Tensor, "N"]:
     """How much more likely, per token, each later attempt is for what its prompt tells than for the problem alone.
 
     `alone` are the prompts of the problems alone, by episode. Log-probabilities as sampled, less those of the prior:
-    the solver as it is, or as it began. 0 for turns that are no later attempts.
+    the solver as it is, or as it began. What `older` weights have said is read again by those of now: the gain is of
+    the words, not of what was learned since. 0 for turns that are no later attempts.
     """
+    read = partial(token_logprobs, temperature=temperature)
     later = tree.later_N.nonzero()[:, 0]
     pairs = [(alone[int(tree.episode_N[place])], tree.turns[place]) for place in later.tolist()]
     batch = pack_siblings([Sampled(list(prompt), turn.action, turn.logprobs) for prompt, turn in pairs])
@@ -169,14 +175,15 @@ def gains(
         assert level.reference is not None, "the start is kept where it is the prior"
         prior_BT = reference_logprobs(level.reference, batch, temperature=temperature, tokens_per_pass=tokens_per_pass)
     else:
-
-        def read(module: nn.Module, micro: Batch) -> Tensor:
-            return token_logprobs(module, micro, temperature=temperature)
-
         prior_BT = level.policy.evaluate(batch, read, tokens_per_pass)
-    told = losses.require(batch.logprobs, "logprobs", "The sampler must return them.")
+    gained_n = batch.pool(losses.require(batch.logprobs, "logprobs", "The sampler must return them.") - prior_BT)
+    if older:
+        assert level.policy is not None, "what does not learn is never old"
+        said = pack_siblings([turn for _, turn in pairs])
+        sampled = losses.require(said.logprobs, "logprobs", "The sampler must return them.")
+        gained_n += said.pool(level.policy.evaluate(said, read, tokens_per_pass) - sampled)
     gain_N = torch.zeros(len(tree.turns))
-    gain_N[later] = batch.pool(told - prior_BT) / batch.pool(batch.mask.float())
+    gain_N[later] = gained_n / batch.pool(batch.mask.float())
     return gain_N
 
 
@@ -189,8 +196,10 @@ def respond(
     expected_N: Float[Tensor, "N"],
     *,
     seed: int,
+    stale: Stale | None = None,
 ) -> tuple[Float[Tensor, "N"], dict[str, float]]:
-    """For each turn of feedback, what a best response of the solver earned after it; the solver is as before."""
+    """For each turn of feedback, what a best response of the solver earned after it; the solver is as before. It
+    follows the weights of now, whichever have said the turns."""
     tree, solver, policy = played.tree, levels.solver, levels.solver.policy
     assert policy is not None, "where there is a gap the solver learns"
 
@@ -202,7 +211,8 @@ def respond(
         steps = replace(cfg.solver.policy, loss=loss, epochs=cfg.lookahead, minibatches=1, optim=learner.optim)
         settings = replace(cfg.solver, policy=steps)
         advantages_N = compared(cfg.solver, tree, value_N, tree.solver_N, expected_N)
-        learn_policy(learner, settings, rows[SOLVER], advantages_N, tokens_per_pass=cfg.tokens_per_pass, seed=seed)
+        tokens = cfg.tokens_per_pass
+        learn_policy(learner, settings, rows[SOLVER], advantages_N, tokens_per_pass=tokens, seed=seed, stale=stale)
 
     with levels.average.in_place() if levels.average else looking_ahead(policy, ahead):
         levels.publish()

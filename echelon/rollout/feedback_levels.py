@@ -20,6 +20,7 @@ from echelon.models import lora as adapters
 from echelon.models.heads import TokenValue, values_before
 from echelon.ops.credit import group_baseline
 from echelon.ops.masked import explained_variance, masked_whiten
+from echelon.rollout.ahead import Level as Acting
 from echelon.rollout.feedback import COACH, SOLVER
 from echelon.rollout.feedback_credit import Tree, state_keys
 from echelon.rollout.levels import Kept, level_path, open_views
@@ -32,8 +33,9 @@ from echelon.train.ema import Average
 from echelon.train.learner import Learner, Weights
 from echelon.train.policy import PolicyConfig, starting_policy, update_policy
 from echelon.train.stages import Stages
+from echelon.train.stale import Stale
 from echelon.train.value import update_value
-from echelon.types import SamplingParams, Turn
+from echelon.types import Sampler, SamplingParams, Turn
 
 Sharing = Literal["separate", "shared", "adapters"]
 
@@ -88,14 +90,18 @@ class Level:
     """How it began, where that is asked about. Of a level that never learns, itself."""
     value: Learner | None
 
-    def role(self, sampling: SamplingConfig) -> Role:
-        """Who it is in a play, sampling as these settings say."""
-        return Role(self.name, self.actor.sampler, self.actor.role.renderer, drawn(sampling))
+    def role(self, sampling: SamplingConfig, sampler: Sampler | None = None) -> Role:
+        """Who it is in a play, sampling as these settings say, from its live weights or from another sampler."""
+        return Role(self.name, sampler or self.actor.sampler, self.actor.role.renderer, drawn(sampling))
+
+    @property
+    def speaks(self) -> Learner | Kept:
+        """The weights it speaks with, where they are its own: those that learn, or stay as they are."""
+        return Kept(self.actor.module, self.actor.tokenizer) if self.policy is None else self.policy
 
     def parts(self) -> dict[str, Saveable]:
         """What a checkpoint holds of it. An adapter knows its own start, so it needs no copy of it."""
-        kept: Saveable = Kept(self.actor.module, self.actor.tokenizer) if self.policy is None else self.policy
-        parts: dict[str, Saveable] = {self.name: kept}
+        parts: dict[str, Saveable] = {self.name: self.speaks}
         if self.reference is not None and self.reference is not self.actor.module:
             parts[f"{self.name}_reference"] = Weights(self.reference)
         if self.value is not None:
@@ -111,8 +117,7 @@ class Level:
 
     def publish(self) -> None:
         """Give its sampler the weights as they are. Also where it rests: it forgets what it has cached."""
-        version = 0 if self.policy is None else self.policy.version
-        self.actor.sampler.load(adapters.merged_weights(self.actor.module), version)
+        self.actor.sampler.load(self.speaks.weights(), self.speaks.version)
 
 
 @dataclass(slots=True)
@@ -142,6 +147,14 @@ class Levels:
         """What there is in memory, for a person."""
         own = {} if self.coach is None else self.coach.modules()
         return self.solver.modules() | {n: m for n, m in own.items() if not self.shared or n == f"{COACH}_value"}
+
+    def acting(self, settings: Callable[[str], LevelConfig]) -> dict[str, Acting]:
+        """Who plays with which weights: a coach without its own with the solver's."""
+        solver = Acting(self.solver.actor, self.solver.speaks, settings(SOLVER).sampling)
+        if self.coach is None:
+            return {SOLVER: solver}
+        own = Acting(self.coach.actor, self.coach.speaks, settings(COACH).sampling)
+        return {SOLVER: solver, COACH: solver if self.shared else own}
 
     def publish(self) -> None:
         """Give the samplers the weights as they are."""
@@ -301,8 +314,10 @@ def learn_policy(
     *,
     tokens_per_pass: int,
     seed: int,
+    stale: Stale | None = None,
 ) -> dict[str, float]:
-    """All optimizer steps of one set of weights on its rows; what they logged, under "policy/"."""
+    """All optimizer steps of one set of weights on its rows; what they logged, under "policy/". `stale` corrects rows
+    that older weights have said."""
     advantages_BT = rows.batch.spread(advantages_N[rows.places_n])
     if settings.whiten:
         advantages_BT = masked_whiten(advantages_BT, rows.batch.mask)
@@ -315,4 +330,5 @@ def learn_policy(
         temperature=settings.sampling.temperature,
         tokens_per_pass=tokens_per_pass,
         seed=derive_seed(seed, policy.name),
+        stale=stale,
     )

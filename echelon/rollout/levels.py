@@ -5,12 +5,12 @@ Knows folders, models and roles; knows nothing of how the levels learn, or of wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from echelon.config import LoraConfig, ModelConfig, SamplingConfig
 from echelon.envs import EnvSpec, load_env
@@ -26,6 +26,7 @@ from echelon.rollout.roles import Role
 from echelon.rollout.setup import Actor, model_path, open_actor, open_sampler
 from echelon.rollout.told import open_strategist
 from echelon.sampling.choices import Pick, RandomStrategist, Strategist, option_score
+from echelon.sampling.local import copy_weights
 from echelon.text.chat import Renderer
 from echelon.text.dialogue import INVENTORIES, Inventory
 from echelon.train.learner import load_module, save_module
@@ -39,6 +40,15 @@ class Kept:
     module: nn.Module
     beside: Any
     """What is saved beside them: the tokenizer, or what has a `save_pretrained` like one."""
+
+    @property
+    def version(self) -> int:
+        """That of what it began as: it never changes."""
+        return 0
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors, one at a time, for a sampler; those below an adapter with what it adds."""
+        return adapters.merged_weights(self.module)
 
     def save(self, folder: Path) -> None:
         """The model's folder."""
@@ -194,6 +204,19 @@ def chooser(
         score = option_score(scorer, tokens_per_pass=tokens_per_pass)
         sampler = Strategist(score, options, inventory.options, pick=pick, temperature=temperature)
     return Role(STRATEGIST, sampler, role.renderer, role.params)
+
+
+def chooser_copy(role: Role, scorer: OptionScorer) -> Role:
+    """The strategist's role by values of its own: those of the weights that `load` was last given, read as the scorer
+    is read at that moment."""
+    assert isinstance(role.sampler, Strategist), "it chooses"
+    twin = OptionScorer(adapters.without_adapters(scorer.lm), scorer.reading, shares=scorer.shares_prompts).eval()
+
+    def take_in(weights: Iterable[tuple[str, Tensor]]) -> None:
+        copy_weights(twin.lm, weights)
+        twin.reading = scorer.reading
+
+    return Role(role.name, role.sampler.beside(option_score(twin), take_in), role.renderer, role.params)
 
 
 def has_levels(checkpoint: Path) -> bool:

@@ -59,6 +59,8 @@ class Plan:
     tokens_per_pass: int
     """Tokens of a micro-batch; of a perceptron, its rows."""
     engines: Mapping[str, Engine] = field(default_factory=dict)
+    copies: Mapping[str, tuple[nn.Module, int]] = field(default_factory=dict)
+    """What is read in rollouts ahead, besides the engines, and how many of them there are."""
 
 
 def table(plan: Plan, *, tokens_per_step: int) -> list[str]:
@@ -94,6 +96,9 @@ def needs(plan: Plan, ranks: int, *, tokens_per_step: int) -> Bytes:
     found["activations of a pass"] = max(passes, default=0)
     for name, engine in _own_engines(plan.engines).items():
         found |= {f"{name}: {what}": size for what, size in _engine(engine, tokens_per_step, ranks).items()}
+    for name, (module, count) in plan.copies.items():
+        if count:
+            found[f"{name}: copies that play"] = count * _size(_whole(module).parameters())
     return found
 
 
@@ -167,7 +172,7 @@ def _engine(engine: Engine, tokens_per_step: int, ranks: int) -> Bytes:
     module: Any = engine.sampler.module  # type: ignore[attr-defined]
     budget: int = engine.sampler.cache_tokens  # type: ignore[attr-defined]
     own = isinstance(engine.sampler, VllmSampler)
-    whole = module.model if isinstance(module, AdapterView) else module
+    whole = _whole(module)
     answers = -(-tokens_per_step // engine.sampling.max_tokens // ranks)
     longest = engine.sampling.max_prompt_tokens + engine.sampling.max_tokens
     tokens = budget if own else min(budget, 2 * answers * longest)  # a place has up to twice the room it needs
@@ -177,6 +182,11 @@ def _engine(engine: Engine, tokens_per_step: int, ranks: int) -> Bytes:
     copies = max(engine.ahead, own)
     held = {"keys and values, at most": max(1, engine.ahead) * tokens * per_token}
     return {**held, "copies that play": copies * _size(whole.parameters())} if copies else held
+
+
+def _whole(module: nn.Module) -> nn.Module:
+    """The model that a view is of, with the base and all adapters; any other as it is."""
+    return module.model if isinstance(module, AdapterView) else module
 
 
 def _own_engines(engines: Mapping[str, Engine]) -> dict[str, Engine]:

@@ -109,8 +109,7 @@ class Rewards:
         if not self.rewards or not pairs:
             return {}
         asked = [answer_in(episode, turn) for episode, turn in pairs[dist.share(len(pairs))]]
-        with self._one_at_a_time:  # judges need not know that several steps may be played side by side
-            by_answer = [list(one) for one in zip(*run_sync(self._judge(asked)), strict=True)] if asked else []
+        by_answer = [list(one) for one in zip(*self._judge_alone(asked), strict=True)] if asked else []
         given = [list(each) for each in zip(*dist.together(by_answer), strict=True)]
         for (_, turn), verdict in zip(pairs, self._verdicts(given), strict=True):
             turn.reward += verdict.reward
@@ -129,11 +128,16 @@ class Rewards:
         any. `answer_in(episode, turn)` is the answer that a turn gave; for one that is no turn, say
         `Answer(task.id, messages, text, task.data)`. Raises DataError as `add` does.
         """
-        return run_sync(self.judge(answers))
+        return self._verdicts(self._judge_alone(answers)) if self.rewards else [Verdict(0.0) for _ in answers]
 
     async def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
         """The same inside an event loop."""
         return self._verdicts(await self._judge(answers)) if self.rewards else [Verdict(0.0) for _ in answers]
+
+    def _judge_alone(self, answers: Sequence[Answer]) -> list[list[_Given]]:
+        """Judges need not know that several steps may be played side by side."""
+        with self._one_at_a_time:
+            return run_sync(self._judge(answers))
 
     async def _judge(self, answers: Sequence[Answer]) -> list[list[_Given]]:
         return list(await asyncio.gather(*(_given(reward.judge, answers) for reward in self.rewards)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import os
 import sys
@@ -169,8 +168,7 @@ def open_copy(actor: Actor, sampling: SamplingConfig) -> Role:
     role, tokenizer = actor.role, actor.tokenizer
     sampler: Sampler
     if sampling.sampler == "local":
-        twin: Any = copy.deepcopy(actor.module)
-        twin = (twin.unload() if adapters.has_adapters(twin) else twin).requires_grad_(False)
+        twin = adapters.without_adapters(actor.module)
         sampler = LocalSampler(twin, tokenizer, cache_tokens=sampling.cache_tokens or None, copies=True)
     else:
         sampler = open_sampler(actor.module, tokenizer, sampling, max_tokens=role.params.max_tokens)

@@ -65,6 +65,12 @@ def told_loop(make: Callable[[Task], Env], responder: Role, tell: Tell, *, max_t
     return play
 
 
+def strategist_beside(role: Role) -> Role:
+    """The same strategist, reading the same weights, which do not learn, for whoever plays beside the others."""
+    assert isinstance(role.sampler, Strategist), "it chooses"
+    return Role(role.name, role.sampler.beside(), role.renderer, role.params)
+
+
 def is_strategist(source: str) -> bool:
     """Whether it names a strategist's folder; a word that names somebody else does not, even where a folder has it."""
     return source not in SOURCES and source != "" and Path(source).is_dir()
@@ -104,7 +110,7 @@ def open_strategist(
     folder = model_path(path, STRATEGIST)
     reading_of_q, inventory = read_description(Path(folder))
     actor = open_actor(replace(model, path=folder), sampling, name=STRATEGIST)
-    scorer = OptionScorer(actor.module.requires_grad_(False).eval(), reading_of_q)
+    scorer = OptionScorer(actor.module.requires_grad_(False), reading_of_q).eval()
     chooser = Strategist(
         option_score(scorer),
         spelled(actor.role, inventory),

@@ -6,8 +6,9 @@ It knows how candidates are drawn and chosen, not how those who value them learn
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,18 +38,33 @@ class Offer:
     explored: bool
     """Whether it was taken at random."""
 
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Offer:
+        """The offer of which `dataclasses.asdict` has been written as JSON."""
+        return cls(**{**saved, "candidates": [Completion(**candidate) for candidate in saved["candidates"]]})
+
 
 class Chooser:
     """A sampler that draws `candidates` completions from another one and answers with one of them, ε-greedily.
 
     The best is the one with the largest score, drawn first among equals; at random, each is as likely as the others, so
     that what is said is what the sampler below would have said. Everything that was drawn is kept in `offers`, under
-    the seed of the request (`Turn.seed`), until `take` is called. Candidates have a random stream each.
+    the seed of the request (`Turn.seed`), until `take` is called. Candidates have a random stream each. `follow` is
+    called when new weights are loaded: it brings what the score reads up to date, where that is not live.
     """
 
-    def __init__(self, sampler: Sampler, score: Score, candidates: int, *, epsilon: float = 0.0) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        score: Score,
+        candidates: int,
+        *,
+        epsilon: float = 0.0,
+        follow: Callable[[], None] = lambda: None,
+    ) -> None:
         assert candidates >= 1, "somebody has to be chosen"
         self.sampler, self.candidates, self.epsilon = sampler, candidates, epsilon
+        self._follow = follow
         self.offers: dict[int, Offer] = {}
         self._together = Together(score)
 
@@ -77,6 +93,7 @@ class Chooser:
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Hand new weights to the sampler below."""
         self.sampler.load(weights, version)
+        self._follow()
 
 
 class Together:
@@ -86,6 +103,10 @@ class Together:
         self._score = score
         self._asked: list[tuple[list[Sampled], asyncio.Future[list[float]]]] = []
         self._scorer: asyncio.Task[None] | None = None
+
+    def beside(self, score: Score | None = None) -> Together:
+        """The same score, or another one, asked in another event loop."""
+        return Together(score or self._score)
 
     async def __call__(self, said: list[Sampled]) -> list[float]:
         """The scores of these. What the score raises goes to everybody who waits."""

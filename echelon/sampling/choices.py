@@ -5,6 +5,7 @@ They know values or a script, not how the values were learned. An option is writ
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
@@ -27,6 +28,8 @@ from echelon.types import Completion, SamplingParams
 
 Legal = Callable[[list[int]], Sequence[bool]]
 """Which of the K options may be chosen after this prompt."""
+TakeIn = Callable[[Iterable[tuple[str, Tensor]]], None]
+"""Puts weights in place of those that values are read from."""
 Pick = Literal["epsilon", "softmax", "greedy"]
 """How a choice is made of values: the best one, but any with probability ε; by softmax(Q / temperature); the best."""
 
@@ -57,6 +60,7 @@ class Strategist:
         self.offers: dict[int, Offer] = {}
         self.version = 0
         self._together = Together(score)
+        self._take_in: TakeIn | None = None
 
     async def sample(self, prompt: list[int], params: SamplingParams) -> Completion:
         """One option. Its log-probs add up to the log of the probability with which it was chosen: it stands on the
@@ -87,8 +91,18 @@ class Strategist:
         offers, self.offers = self.offers, {}
         return offers
 
+    def beside(self, score: Score | None = None, take_in: TakeIn | None = None) -> Strategist:
+        """One that chooses alike and keeps what it offered to itself, for another thread: by the same values, or by
+        those of another score, which changes as `take_in` puts the weights that are loaded where it reads them."""
+        twin = copy.copy(self)
+        twin.offers, twin._together = {}, self._together.beside(score)
+        twin._take_in = take_in
+        return twin
+
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """The values are read from the live module: only the version is noted."""
+        """Where the values are read from the live module, only the version is noted."""
+        if self._take_in is not None:
+            self._take_in(weights)
         self.version = version
 
     def _legal(self, prompt: list[int]) -> list[bool]:

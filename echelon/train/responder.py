@@ -29,6 +29,7 @@ from echelon.train.ema import Average
 from echelon.train.learner import Learner, Weights
 from echelon.train.policy import PolicyConfig, reference_logprobs, starting_policy, update_policy
 from echelon.train.shaping import Shaper, ShapingConfig, cut_off
+from echelon.train.stale import Stale
 from echelon.train.value import before_turns, state_values, update_value, values_of
 from echelon.types import Turn
 
@@ -205,8 +206,9 @@ class Lower:
         metrics["low/policy/advantage_std"] = float(masked_var(advantages_BT, batch.mask).sqrt())
         return Judged(batch, columns, metrics, len(after))
 
-    def learn(self, judged: Judged, *, seed: int) -> dict[str, float]:
-        """One step of both models from replies that have been judged; only the value model while warming up."""
+    def learn(self, judged: Judged, *, seed: int, stale: Stale | None = None) -> dict[str, float]:
+        """One step of both models from replies that have been judged; only the value model while warming up. `stale`
+        corrects replies that older weights have written."""
         settings, tokens = self.settings, self.tokens_per_pass
         learned = update_value(
             self.value,
@@ -229,6 +231,7 @@ class Lower:
                 seed=seed,
                 ptx=self.ptx,
                 self_likelihood=settings.self_likelihood_coef,
+                stale=stale,
             )
             self.shaper.adapt({"shaped/kl": judged.metrics.get("low/kl", 0.0)}, episodes=judged.replies)
             if self.mean is not None:

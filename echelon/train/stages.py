@@ -90,6 +90,12 @@ class Stages:
             self.current, self._best, self._waited = self.current + 1, -math.inf, 0
         return self.current
 
+    def at(self, step: int) -> int:
+        """The number of the stage that will hold at a step to come, as far as that is known: of stages that wait for a
+        plateau only those that have been reached."""
+        begun = [place for place, stage in enumerate(self.table) if stage.step is not None and stage.step <= step]
+        return max([self.current, *begun])
+
     def saw(self, number: float) -> None:
         """What this step reached: larger is better."""
         better = number > self._best

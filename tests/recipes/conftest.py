@@ -19,9 +19,12 @@ from echelon.models.lm import tiny
 from echelon.text.dialogue import DialogueState, responder_prompt, strategist_prompt
 from echelon.train.checkpoint import find_checkpoint
 from echelon.train.log import Log
+from echelon.types import Task
+from tests.recipes.talk import Talk
 
 GAME = {"low": 1, "high": 4, "max_turns": 3}
 """Guess a number from 1 to 4: small enough that guessing sometimes works, so returns differ."""
+REWARDS = "def long(prompts, completions):\n    return [float(len(said) % 6) for said in completions]\n"
 
 
 @dataclass
@@ -97,6 +100,25 @@ def locksmith(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env, folder = load_env("text_lock", {"doors": 2, "keys": 3}), tmp_path_factory.mktemp("doors")
     games = recorded(env, ("random",), 128, folder / "games.jsonl")
     return taught(made(env, folder / "model", layers=2), games, folder / "run", epochs=6)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A model of one layer with random weights that knows the words of `Talk` and of `Vary`, rows, and their reward."""
+    folder, menu = tmp_path_factory.mktemp("start"), Talk.inventory()
+    prompt = responder_prompt(Talk(Task("0")).state, menu.label(0))
+    words = [*(message["content"] for message in prompt), "I am 1. And? What would you do? " * 3]
+    module, tokenizer = tiny(words * 3, vocab_size=400, hidden=32, layers=1, heads=2)
+    module.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [
+        {"query": DialogueState(f"I am {number}.").query, "strategy": name, "reward": 1, "done": True}
+        for number in range(3)
+        for name in menu.strategies
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(REWARDS)
+    return {"model": f"{folder}/model", "rows": f"{folder}/rows.jsonl", "rewards": f"{folder}/rewards.py"}
 
 
 @pytest.fixture(scope="session")

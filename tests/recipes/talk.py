@@ -1,4 +1,4 @@
-"""A conversation that a model with random weights earns something in: what the two levels play in tests."""
+"""Games that a model with random weights earns something in: a conversation for two levels, and one of any length."""
 
 from __future__ import annotations
 
@@ -44,3 +44,21 @@ class Talk:
             truncated=cut,
             info=info,
         )
+
+
+class Vary:
+    """What is said earns between 0 and 5, by its length: a model with random weights learns something from it."""
+
+    def __init__(self, task: Task, *, turns: int) -> None:
+        self.task, self.left = task, turns
+
+    @classmethod
+    def tasks(cls, split: str, *, turns: int) -> list[Task]:
+        return [Task(str(number)) for number in range(6)]
+
+    def start(self) -> list[Message]:
+        return [Message(role="user", content=f"I am {self.task.id}.")]
+
+    def step(self, action: str) -> Step:
+        self.left -= 1
+        return Step([Message(role="user", content="And?")], float(len(action) % 6), terminated=not self.left)

@@ -18,7 +18,7 @@ from echelon.config import LoraConfig, ModelConfig, OptimConfig, SamplingConfig
 from echelon.data.packing import Batch
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError, DataError
-from echelon.recipes.feedback import Config, learn, lessons, open_levels, player, tokens_per_step, turn_of
+from echelon.recipes.feedback import Config, branching, learn, lessons, open_levels, tokens_per_step, turn_of
 from echelon.rollout import feedback_levels
 from echelon.rollout.feedback import COACH, SOLVER, TemplateConfig
 from echelon.rollout.feedback_credit import CreditConfig, Tree, lay_tree
@@ -26,7 +26,9 @@ from echelon.rollout.feedback_judge import Judged, Played, judge_tree
 from echelon.rollout.feedback_levels import Level, LevelConfig, Levels
 from echelon.rollout.rewards import Rewards
 from echelon.rollout.roles import collect
-from echelon.train.policy import PolicyConfig
+from echelon.train.policy import PolicyConfig, SamplerMismatch
+from echelon.train.stale import AsyncConfig, Stale
+from echelon.types import Sampler
 from tests.recipes.conftest import Run, Train
 from tests.recipes.doors import DOORS, GAME, KEYS, TEMPLATES, Doors, pupil
 
@@ -64,10 +66,14 @@ def stepped(cfg: Config, levels: Levels | None = None, *, step: int = 0, env: En
     levels.publish()
     now = cfg.plans[levels.stages.reached(step)]
     tasks = env.tasks("train")[: now.tasks_per_step]
-    episodes = asyncio.run(collect(tasks, player(now, env, levels, env.tasks("train")), seed=step))
+    episodes = asyncio.run(collect(tasks, branching(now, env, levels, env.tasks("train"), live(levels)), seed=step))
     tree = lay_tree(episodes)
     judged = judge_tree(now, levels, Played(tree, tasks, env, Rewards()), seed=step)
     return Stepped(levels, tree, judged, learn(now, step, levels, tree, judged, seed=step))
+
+
+def live(levels: Levels) -> dict[str, Sampler]:
+    return {name: acting.actor.sampler for name, acting in levels.acting(lambda name: LevelConfig()).items()}
 
 
 def weights_of(level: Level) -> dict[str, Tensor]:
@@ -345,6 +351,58 @@ def test_the_gain_is_the_log_probability_per_token_that_words_give(model: str) -
     assert (moved_N - gain_N).abs().max() > 1e-2
 
 
+def test_the_gain_of_what_older_weights_said_is_that_of_the_weights_of_now(model: str) -> None:
+    """Both log-probabilities are read now: what was learned since is no gain of the words."""
+    done = stepped(config(model), step=0)
+    levels = open_levels(config(model))
+    perturb(levels.solver.actor.module)
+    alone = [levels.solver.actor.role.renderer.render([{"role": "user", "content": door}]) for door in DOORS]
+    settings = {"from_start": False, "temperature": 1.0, "tokens_per_pass": 4096}
+    gain_N = feedback_levels_gain(levels, done.tree, alone, older=True, **settings)
+    module = levels.solver.actor.module.eval()
+    for place in done.tree.later_N.nonzero()[:, 0].tolist():
+        turn = done.tree.turns[place]
+        prompts = turn.prompt, alone[int(done.tree.episode_N[place])]
+        told, without = (module(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[turn.action[0]] for ids in prompts)
+        assert gain_N[place].item() == pytest.approx((told - without).item(), abs=1e-4)
+    mixed_N = feedback_levels_gain(levels, done.tree, alone, **settings)
+    assert (mixed_N - gain_N).abs().max() > 1e-2
+
+
+def test_a_best_response_follows_the_weights_of_now_also_where_older_ones_have_spoken(model: str) -> None:
+    """The look-ahead is corrected as the update is: without, it would refuse turns that others have said."""
+    cfg = config(model, credit=CreditConfig(gap=1.0))
+    done = stepped(config(model, steps=1))
+    levels = open_levels(cfg)
+    perturb(levels.solver.actor.module)
+    before = weights_of(levels.solver)
+    played, stale = Played(done.tree, ENV.tasks("train")[:3], ENV, Rewards()), Stale(AsyncConfig(max_staleness=1), "s")
+    with pytest.raises(SamplerMismatch):
+        judge_tree(cfg, levels, played, seed=0)
+    assert not moved(levels.solver, before)
+    asked: list[Tensor] = []
+
+    class Watched:
+        """The live engine, and whose weights it was asked with."""
+
+        sampler = levels.solver.actor.sampler
+
+        async def sample(self, prompt: list[int], params: Any) -> Any:
+            asked.append(next(levels.solver.actor.module.parameters()).detach().clone())
+            return await self.sampler.sample(prompt, params)
+
+        def load(self, weights: Any, version: int) -> None:
+            self.sampler.load(weights, version)
+
+    levels.solver.actor.sampler = Watched()
+    judged = judge_tree(cfg, levels, played, seed=0, stale=stale)
+    assert not moved(levels.solver, before)
+    assert "context/gap" in judged.metrics
+    assert len(asked) == int(done.tree.later_N.sum())
+    now = next(iter(before.values()))
+    assert all(0 < (weights - now).abs().max() < 0.01 for weights in asked), "an update away from now, not from then"
+
+
 def feedback_levels_gain(*given: Any, **settings: Any) -> Tensor:
     from echelon.rollout.feedback_judge import gains
 
@@ -372,14 +430,14 @@ def test_a_gap_leaves_the_solver_as_it_was_and_counts_for_the_coach(model: str, 
     before, version = weights_of(levels.solver), levels.solver.policy.version if levels.solver.policy else 0
     tasks = ENV.tasks("train")[:3]
     levels.publish()
-    episodes = asyncio.run(collect(tasks, player(cfg, ENV, levels, tasks), seed=0))
+    episodes = asyncio.run(collect(tasks, branching(cfg, ENV, levels, tasks, live(levels)), seed=0))
     tree = lay_tree(episodes)
     judged = judge_tree(cfg, levels, Played(tree, tasks, ENV, Rewards()), seed=0)
     assert not moved(levels.solver, before)
     assert levels.solver.policy is not None
     assert levels.solver.policy.version == version
     assert judged.metrics["context/gap"] != 0
-    again = asyncio.run(collect(tasks, player(cfg, ENV, levels, tasks), seed=0))
+    again = asyncio.run(collect(tasks, branching(cfg, ENV, levels, tasks, live(levels)), seed=0))
     assert [t.text for e in again for t in e.turns] == [t.text for t in tree.turns], "the sampler has its weights back"
 
 
@@ -446,6 +504,7 @@ def feedback_levels_distances(rows: Any) -> Tensor:
         ("solver.model.path=x", "solver.model.path is what the run is built of"),
         ("lora.rank=3", "lora.rank is what the run is built of"),
         ("steps=3", "steps is what the run is built of"),
+        ("asynchronous.max_staleness=1", "asynchronous.max_staleness is what the run is built of"),
         ("seed=3", "seed is what"),
         ("out=y", "out is what"),
         ("env=maze", "env is what"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib.util
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -18,11 +17,9 @@ import pytest
 import torch
 
 from echelon.config import RayConfig
-from echelon.models.lm import tiny
 from echelon.sampling import ray as on_ray
 from echelon.sampling.local import LocalSampler
-from echelon.text.dialogue import DialogueState, responder_prompt
-from echelon.types import Completion, Message, Step, Task
+from echelon.types import Completion
 from tests.recipes.conftest import Train
 from tests.recipes.talk import Talk
 from tests.sampling.test_ray import ask, requests, same, small
@@ -34,28 +31,9 @@ pytestmark = [
 ]
 
 NAMES = Talk.inventory().strategies
-REWARDS = "def long(prompts, completions):\n    return [float(len(said) % 6) for said in completions]\n"
 
 
-class Vary:
-    """What is said earns between 0 and 5, by its length: a model with random weights learns something from it."""
-
-    def __init__(self, task: Task, *, turns: int) -> None:
-        self.task, self.left = task, turns
-
-    @classmethod
-    def tasks(cls, split: str, *, turns: int) -> list[Task]:
-        return [Task(str(number)) for number in range(6)]
-
-    def start(self) -> list[Message]:
-        return [Message(role="user", content=f"I am {self.task.id}.")]
-
-    def step(self, action: str) -> Step:
-        self.left -= 1
-        return Step([Message(role="user", content="And?")], float(len(action) % 6), terminated=not self.left)
-
-
-VARY = ("--env", "tests.recipes.test_on_ray:Vary", "--env-settings")
+VARY = ("--env", "tests.recipes.talk:Vary", "--env-settings")
 ONE = ("--model.path", "{model}", *VARY, "turns=2", "--sampling.max-tokens", 4)
 EPISODES = ("--episodes-per-step", 6)
 LOW = ("--sampling.max-tokens", 4, "--low.policy.minibatches", 1, "--low.value-minibatches", 1)
@@ -88,25 +66,6 @@ def workers() -> Iterator[on_ray.Pool]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A model of one layer with random weights that knows the words of every game here, rows, and their reward."""
-    folder, menu = tmp_path_factory.mktemp("start"), Talk.inventory()
-    prompt = responder_prompt(Talk(Task("0")).state, menu.label(0))
-    words = [*(message["content"] for message in prompt), "I am 1. And? What would you do? " * 3]
-    module, tokenizer = tiny(words * 3, vocab_size=400, hidden=32, layers=1, heads=2)
-    module.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    rows = [
-        {"query": DialogueState(f"I am {number}.").query, "strategy": name, "reward": 1, "done": True}
-        for number in range(3)
-        for name in NAMES
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "rewards.py").write_text(REWARDS)
-    return {"model": f"{folder}/model", "rows": f"{folder}/rows.jsonl", "rewards": f"{folder}/rewards.py"}
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -118,9 +77,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         pytest.param(ARCHER, id="archer"),
         pytest.param((*ARCHER, AHEAD, 1), id="archer-ahead"),
         pytest.param(RANK, id="rank"),
+        pytest.param((*RANK, AHEAD, 1), id="rank-ahead"),
         pytest.param(FEEDBACK, id="feedback"),
+        pytest.param((*FEEDBACK, AHEAD, 1, "--credit.gap", 1), id="feedback-ahead"),
         pytest.param(RESPONDER, id="responder"),
+        pytest.param((*RESPONDER, AHEAD, 1), id="responder-ahead"),
         pytest.param(TOSCA, id="tosca"),
+        pytest.param((*TOSCA, AHEAD, 1), id="tosca-ahead"),
         pytest.param(CONTROL, id="control"),
         pytest.param((*PLANNED, AHEAD, 1), id="control-planned-ahead"),
     ],

@@ -15,7 +15,7 @@ from echelon.config import ModelConfig, SamplingConfig
 from echelon.config.loading import load
 from echelon.models.lm import tiny
 from echelon.models.options import OptionScorer
-from echelon.recipes.responder import Config, open_world, play
+from echelon.recipes.responder import Config, open_world, replied
 from echelon.rollout.setup import open_actor
 from echelon.text.dialogue import DIMENSIONS, DialogueState, Inventory, responder_prompt
 from echelon.train.checkpoint import find_checkpoint
@@ -266,7 +266,7 @@ def told(folder: Path) -> Callable[..., list[Episode]]:
         cfg = load(Config, [], [*words, "--strategies", *INVENTORY.strategies, "--sampling.max-tokens", "4"])
         actor = open_actor(cfg.model, cfg.sampling, name="responder")
         world = open_world(cfg, actor.role)
-        return play(cfg, world, world.env.tasks("train")[:4], seed=0, siblings=2)[0]
+        return replied(cfg, world, actor.role, world.env.tasks("train")[:4], seed=0, siblings=2).episodes
 
     return told
 

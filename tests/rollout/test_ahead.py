@@ -132,6 +132,50 @@ def test_every_role_has_weights_of_its_own_and_is_old_by_itself(level: Level) ->
             train(level)
 
 
+def test_two_roles_that_speak_with_one_set_of_weights_are_handed_one_copy(level: Level) -> None:
+    """Under the name of either, a turn of other weights is refused."""
+
+    def play(roles: Mapping[str, Role], step: int, run: Run) -> Played:
+        assert roles["coach"].sampler is roles["actor"].sampler
+        coach = Role("coach", roles["coach"].sampler, roles["coach"].renderer, PARAMS)
+        episodes = [one_turn(roles["actor"], run), one_turn(coach, run)]
+        episodes[1].turns[0].version -= step == 2
+        return Played(episodes)
+
+    both = {"actor": level, "coach": level}
+    with Rollouts(AsyncConfig(max_staleness=1), both, play, steps=3, read=Played.from_json) as ahead:
+        for step in range(2):
+            versions = [episode.turns[0].version for episode in ahead.take(step).episodes]
+            assert versions == [0, 0]
+            train(level)
+            assert (ahead.stale("coach") is None) is (ahead.stale("actor") is None)
+        with pytest.raises(RolloutError, match=r"a turn of 'coach' in step 2 was sampled with weights of version 3"):
+            ahead.take(2)
+
+
+def test_of_several_adapters_on_one_base_each_is_copied_with_it(level: Level) -> None:
+    """The copy of one has nothing in common with the others, and says what it says when it speaks."""
+    base = lora.attach(level.actor.module, LoraConfig(rank=2), name="solver")
+    base = lora.attach(base, LoraConfig(rank=2), name="coach")
+    with torch.no_grad():
+        for name, weight in base.named_parameters():
+            if "lora_B" in name:
+                weight.add_(0.3 if "solver" in name else -0.2)
+    ids, said = torch.tensor([[7, 8, 9]]), {}
+    views = {name: lora.AdapterView(base, name) for name in ("solver", "coach")}
+    own = {id(weight) for weight in base.parameters()}
+    for name, view in views.items():
+        actor = replace(level.actor, module=view)
+        role = open_copy(actor, SAMPLING)
+        role.sampler.load(lora.merged_weights(view), 1)
+        assert not own & {id(weight) for weight in role.sampler.module.parameters()}
+        with torch.no_grad():
+            said[name] = role.sampler.module(input_ids=ids).logits
+            torch.testing.assert_close(said[name], view(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    assert (said["solver"] - said["coach"]).abs().max() > 1e-2
+    assert lora.names(base) == ["solver", "coach"], "no adapter has been added for a copy"
+
+
 def test_the_next_step_is_played_while_this_one_trains(level: Level) -> None:
     begun, trained = {step: threading.Event() for step in range(3)}, {step: threading.Event() for step in range(3)}
 
