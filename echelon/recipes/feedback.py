@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 
 from echelon.config import LoraConfig, TaskConfig, demand, require
-from echelon.config.loading import overridden, to_yaml
+from echelon.config.loading import overridden
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError
 from echelon.rollout.evaluate import rollout_metrics
@@ -265,7 +265,7 @@ def main(cfg: Config) -> None:
         return describe(levels.modules(), tokens_per_step=max(map(tokens_per_step, cfg.plans)), plan=plan)
 
     tasks, parts, out = env.tasks("train"), levels.parts(), Path(cfg.out)
-    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    with Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         levels.publish()
         if not cfg.resume:

@@ -24,7 +24,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from echelon.config import LoraConfig, ModelConfig, OptimConfig, SamplingConfig, TaskConfig, demand, require
-from echelon.config.loading import to_yaml
 from echelon.data.candidates import CandidateReplay, Choice, Options
 from echelon.data.packing import Batch, Sampled, pack
 from echelon.errors import DataError
@@ -171,7 +170,7 @@ def main(cfg: Config) -> None:
     role = Role("actor", chooser, actor.role.renderer, actor.role.params)
     play = candidate_loop(env.make, role, chooser, max_turns=cfg.max_turns)
     out = Path(cfg.out)
-    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    with Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         actor.sampler.load(levels.policy.weights(), levels.policy.version)
         if not cfg.resume:

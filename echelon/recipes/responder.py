@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from echelon.config import DataConfig, LoraConfig, ModelConfig, SamplingConfig, TaskConfig, demand, require
-from echelon.config.loading import to_yaml
 from echelon.data.strategies import TransitionConfig
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError
@@ -145,7 +144,7 @@ def main(cfg: Config) -> None:
     tasks, parts = world.env.tasks("train"), lower.parts()
     held_out = world.env.tasks("test") if cfg.eval_every else []
     out = Path(cfg.out)
-    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    with Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         actor.sampler.load(lower.policy.weights(), lower.policy.version)
         if not cfg.resume:

@@ -28,7 +28,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from echelon.config import DataConfig, LoraConfig, ModelConfig, SamplingConfig, TaskConfig, demand, require
-from echelon.config.loading import to_yaml
 from echelon.data.candidates import CandidateReplay, Choice
 from echelon.data.strategies import TransitionConfig, file_rewards, load_transitions, transitions_to_choices
 from echelon.envs import EnvSpec
@@ -222,7 +221,7 @@ def main(cfg: Config) -> None:
     tasks, parts = env.tasks("train"), levels.parts()
     play = players.play(env.make, max_turns=cfg.max_turns)
     out = Path(cfg.out)
-    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    with Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         levels.publish()
         if not cfg.resume:
