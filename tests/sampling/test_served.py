@@ -667,7 +667,7 @@ def test_log_probs_of_vllms_server_are_the_trainers_for_each_adapter_after_each_
     server = ServerConfig(url=lora_server, folder=str(tmp_path))
     views["ahead"] = copy.deepcopy(moved(views["high"]))
     samplers = {name: ServedSampler(view, tokenizer, server, longest=160, apart=True) for name, view in views.items()}
-    learner = Learner(views["high"], OptimConfig(lr=3e-2))
+    learner = Learner(views["high"], OptimConfig(lr=1e-2))
     requests = [(ids(70 + n, n), SamplingParams(max_tokens=8, temperature=0.7, seed=2**62 + n)) for n in range(3)]
     told = []
 
@@ -691,10 +691,10 @@ def test_log_probs_of_vllms_server_are_the_trainers_for_each_adapter_after_each_
     prompts = [tokenizer.encode(text) for text in ("what is in the box?", "a cat, a hat", "the box", "a")]
     asyncio.run(check_sampler(samplers["low"], tokenizer, prompts, stop_id=tokenizer.eos_token_id, length=12))
     wide = AdapterView(lora.attach(views["low"].model, LoraConfig(rank=20), name="wide"), "wide")
-    with pytest.raises(ConfigError, match="takes no adapter of rank 20. Start it with --max-lora-rank 20, or the next"):
+    with pytest.raises(ConfigError, match=r"takes no adapter of rank 20\. Start it with --max-lora-rank 20, or"):
         ask(ServedSampler(wide, tokenizer, server, longest=160, apart=True), requests)
     served._take_back(lora_server, samplers["low"]._called, tmp_path / "nowhere")
-    with pytest.raises(RolloutError, match="has no adapter .* any more, which it was given"):
+    with pytest.raises(RolloutError, match=r"has no adapter .* any more, which it was given"):
         ask(samplers["low"], requests)
     assert mismatch(views["high"], requests, ask(samplers["high"], requests), 0.7) <= 1e-4
 
@@ -723,6 +723,6 @@ def test_both_levels_of_feedback_learn_through_one_server(lora_server: str, tmp_
 @needs_vllm
 def test_vllms_server_as_it_is_otherwise_takes_no_adapter(vllm_server: str, tmp_path: Path) -> None:
     server, view = ServerConfig(url=vllm_server, folder=str(tmp_path)), two_levels()["low"]
-    with pytest.raises(ConfigError, match="takes no adapters. Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its"):
+    with pytest.raises(ConfigError, match=r"takes no adapters\. Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
         ask(ServedSampler(view, small()[1], server, longest=160, apart=True), [ONE])
     assert list(tmp_path.iterdir()) == []
