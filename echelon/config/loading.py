@@ -55,9 +55,10 @@ def to_yaml(config: DataclassInstance) -> str:
     return _written(dataclasses.asdict(config))
 
 
-def completed(config: type[DataclassInstance], saved: str) -> str:
+def completed(config: type[DataclassInstance], saved: str) -> dict[str, Any]:
     """What `to_yaml` wrote, before some settings existed perhaps, with the default of each that it does not know."""
-    return _written(_complete(config, yaml.load(saved, _Loader) or {}))
+    known = _complete(config, yaml.load(saved, _Loader) or {})
+    return dict(yaml.load(_written(known), _Loader))  # defaults in the same form as what was written
 
 
 def _complete(

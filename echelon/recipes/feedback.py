@@ -64,7 +64,8 @@ FIXED = (
     *("env", "env_settings", "trust_task_code", "data", "reward", "reward_weights", "judge"),
     *("weights", "lora", "best_response", "average_decay", "keep_start"),
     *(f"{level}.{name}" for level in (SOLVER, COACH) for name in ("model", "sampling.max_prompt_tokens")),
-    *(f"{level}.sampling.{name}" for level in (SOLVER, COACH) for name in ("cache_tokens", "sampler", "sleep", "ray")),
+    *(f"{level}.sampling.{name}" for level in (SOLVER, COACH) for name in ("cache_tokens", "sampler", "sleep")),
+    *(f"{level}.sampling.{name}" for level in (SOLVER, COACH) for name in ("adapters", "ray", "server")),
 )
 """What a run is built of, so that no stage can change it: these settings, and blocks of them."""
 OPTIMIZER = ("lr", "max_grad_norm")

@@ -23,7 +23,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias, get_origin, runtime_checkable
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -391,7 +390,7 @@ def _check_config(saved: str, config: DataclassInstance, checkpoint: Path) -> No
 
     A setting that is newer than the run had its default then. One that is gone cannot be kept, unless it held nothing.
     """
-    old, new = (dict(_flat(yaml.safe_load(text))) for text in (completed(type(config), saved), to_yaml(config)))
+    old, new = (dict(_flat(completed(type(config), text))) for text in (saved, to_yaml(config)))
     differing = [key for key in sorted(old.keys() | new.keys()) if _differs(key, old, new)]
     refused = [key for key in differing if key[max(key.find("sampling.ray."), 0) :] not in MAY_CHANGE]
     if gone := [key for key in refused if not _is_setting(key, type(config))]:

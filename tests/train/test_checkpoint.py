@@ -355,6 +355,14 @@ class Newer(Settings):
     threads: int = 0
 
 
+def test_a_text_that_looks_like_something_else_is_the_same_text(tmp_path: Path) -> None:
+    for number, text in enumerate(("2026-13-45", "1:30", "no", "1e-3")):
+        config = Settings(model=ModelSettings(name=text))
+        with begin(tmp_path / str(number), config=config) as checkpoints:
+            checkpoints.save(1, {"actor": Part(1)})
+        assert resumed(tmp_path / str(number), config=config) == (1, 1)
+
+
 def test_a_setting_that_is_newer_than_the_run_had_its_default(tmp_path: Path) -> None:
     write(tmp_path, 10)
     assert resumed(tmp_path, config=Newer(steps=20, threads=2)) == (10, 10)
