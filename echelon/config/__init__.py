@@ -144,7 +144,7 @@ class ServerConfig:
     """Where it answers, such as http://node3:8000."""
     folder: str = ""
     """A folder that this process writes new weights to and the server reads them from, under the same name on both
-    machines. Each set is removed once the server has read it."""
+    machines. Each set is removed once the server has read it, an adapter once there is a newer one."""
     timeout: float = 600.0
     """Seconds within which it answers, or has read new weights."""
     in_flight: int = 256
@@ -186,7 +186,7 @@ class SamplingConfig:
     adapters: Literal["folded", "apart"] = "folded"
     """What vLLM is given of a model with an adapter: whole weights, with the adapter folded into them; or, apart, the
     weights below it once and after every step the adapter alone. Levels whose adapters are apart and on one base share
-    one vLLM."""
+    one vLLM, or one server."""
     ray: RayConfig = RayConfig()
     """Those other processes."""
     server: ServerConfig = ServerConfig()
@@ -207,8 +207,10 @@ class SamplingConfig:
             raise ConfigError("server.url is missing: nobody could be asked. Give one such as http://localhost:8000.")
         if self.sampler == "server" and not self.server.folder:
             raise ConfigError("server.folder is missing: no weights could reach it. Give one that both machines see.")
-        because = "only vLLM in this process takes an adapter by itself. Use sampler = vllm, or leave it out."
-        demand(self, "adapters", self.adapters == "folded" or self.sampler == "vllm", because)
+        because = (
+            "only vLLM here or as a server takes an adapter by itself. Use sampler = vllm or server, or leave it out."
+        )
+        demand(self, "adapters", self.adapters == "folded" or self.sampler in ("vllm", "server"), because)
 
 
 @dataclass(frozen=True)

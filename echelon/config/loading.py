@@ -52,7 +52,32 @@ def overridden(config: Config, words: Sequence[str]) -> Config:
 
 def to_yaml(config: DataclassInstance) -> str:
     """Every setting as YAML, in declaration order; `load` reads it back to an equal object."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return _written(dataclasses.asdict(config))
+
+
+def completed(config: type[DataclassInstance], saved: str) -> dict[str, Any]:
+    """What `to_yaml` wrote, before some settings existed perhaps, with the default of each that it does not know."""
+    known = _complete(config, yaml.load(saved, _Loader) or {})
+    return dict(yaml.load(_written(known), _Loader))  # defaults in the same form as what was written
+
+
+def _complete(
+    config: type[DataclassInstance], saved: Mapping[str, Any], default: object = MISSING
+) -> dict[str, object]:
+    """The same for one block, whose defaults are those of its class, or what `default`, such a block, holds."""
+    known: dict[str, object] = dict(saved)
+    for entry in dataclasses.fields(config):
+        name, kind = entry.name, _kinds(config)[entry.name]
+        base = class_default(entry) if default is MISSING else getattr(default, name)
+        if dataclasses.is_dataclass(kind) and isinstance(saved.get(name, {}), Mapping):
+            known[name] = _complete(kind, saved.get(name, {}), base)  # type: ignore[arg-type]
+        elif base is not MISSING:
+            known.setdefault(name, base)
+    return known
+
+
+def _written(tree: Mapping[str, object]) -> str:
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 @functools.cache

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from echelon.config import LoraConfig, ModelConfig, OptimConfig, SamplingConfig, Settings, TrainConfig, demand, require
-from echelon.config.loading import to_yaml
 from echelon.data.packing import Batch, Sampled, pack, pack_branches
 from echelon.data.recorded import read_transitions
 from echelon.data.replay import Replay, Transition, examples, mc_returns, transitions
@@ -226,7 +225,7 @@ def main(cfg: Config) -> None:
     play, level = player(cfg, env, levels), Level(actor, levels.policy, cfg.sampling)
     rollouts = Rollouts(cfg.asynchronous, {"actor": level}, play, steps=cfg.steps, read=Played.from_json)
     parts = levels.parts() | rollouts.parts()
-    checkpoints = Checkpoints(Path(cfg.out), config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume)
+    checkpoints = Checkpoints(Path(cfg.out), config=cfg, keep_last=cfg.keep_last, resume=cfg.resume)
     with checkpoints, rollouts:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         levels.publish()

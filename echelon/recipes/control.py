@@ -28,7 +28,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from echelon.config import LoraConfig, ModelConfig, OptimConfig, SamplingConfig, TaskConfig, demand, require
-from echelon.config.loading import to_yaml
 from echelon.data.packing import pack
 from echelon.envs import EnvSpec
 from echelon.envs.gymnasium import PREFIX
@@ -206,7 +205,7 @@ def main(cfg: Config) -> None:
     play = player(cfg, env, rewards, levels.players)
     rollouts = Rollouts(cfg.asynchronous, levels.acting(cfg), play, steps=cfg.steps, read=Found.from_json)
     out, parts = Path(cfg.out), parts | rollouts.parts()
-    checkpoints = Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume)
+    checkpoints = Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume)
     with checkpoints, rollouts:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         rollouts.publish()

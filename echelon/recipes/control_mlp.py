@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from echelon.config import OptimConfig, Settings, TrainConfig, demand, require
-from echelon.config.loading import to_yaml
 from echelon.data.control import read_arrays
 from echelon.envs.vector import Lanes
 from echelon.errors import ConfigError, DataError
@@ -175,7 +174,7 @@ def main(cfg: Config) -> None:
         learn = partial(ppo, cfg, policy, fitted, lanes, reference)
         parts |= {"value": fitted, "envs": lanes}
     out = Path(cfg.out)
-    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    with Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
         start, extra = checkpoints.restore(parts) if cfg.resume else (0, {"samples": 0.0})
         samples = extra["samples"]
         if not cfg.resume:

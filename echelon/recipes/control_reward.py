@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from echelon.config import OptimConfig, TrainConfig, demand, require
-from echelon.config.loading import to_yaml
 from echelon.data.control import CODEC, read_arrays, read_codec
 from echelon.errors import DataError
 from echelon.models.lm import pick_device
@@ -101,7 +100,7 @@ def main(cfg: Config) -> None:
         plan = Plan({"reward": learner}, cfg.dist, cfg.rows_per_step)
         return describe({"reward": module}, tokens_per_step=0, plan=plan)
     out, parts = Path(cfg.out), {"reward": learner}
-    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    with Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
         start, extra = checkpoints.restore(parts) if cfg.resume else (0, {})
         best = Best(**extra["best"]) if start else Best()
         if not cfg.resume:

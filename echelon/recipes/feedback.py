@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from echelon.config import LoraConfig, TaskConfig, demand, require
-from echelon.config.loading import overridden, to_yaml
+from echelon.config.loading import overridden
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError
 from echelon.rollout.ahead import Played as Found
@@ -66,7 +66,8 @@ FIXED = (
     *("env", "env_settings", "trust_task_code", "data", "reward", "reward_weights", "judge"),
     *("weights", "lora", "best_response", "average_decay", "keep_start", "asynchronous"),
     *(f"{level}.{name}" for level in (SOLVER, COACH) for name in ("model", "sampling.max_prompt_tokens")),
-    *(f"{level}.sampling.{name}" for level in (SOLVER, COACH) for name in ("cache_tokens", "sampler", "sleep", "ray")),
+    *(f"{level}.sampling.{name}" for level in (SOLVER, COACH) for name in ("cache_tokens", "sampler", "sleep")),
+    *(f"{level}.sampling.{name}" for level in (SOLVER, COACH) for name in ("adapters", "ray", "server")),
 )
 """What a run is built of, so that no stage can change it: these settings, and blocks of them."""
 OPTIMIZER = ("lr", "max_grad_norm")
@@ -281,7 +282,7 @@ def main(cfg: Config) -> None:
     tasks, play, out = env.tasks("train"), player(cfg, env, levels, rewards), Path(cfg.out)
     rollouts = Rollouts(cfg.asynchronous, levels.acting(cfg.level), play, steps=cfg.steps, read=Found.from_json)
     parts = levels.parts() | rollouts.parts()
-    checkpoints = Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume)
+    checkpoints = Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume)
     with checkpoints, rollouts:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         rollouts.publish()

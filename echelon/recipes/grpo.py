@@ -27,7 +27,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from echelon.config import LoraConfig, ModelConfig, SamplingConfig, TaskConfig, demand, require
-from echelon.config.loading import to_yaml
 from echelon.data.packing import Batch, pack, pack_siblings
 from echelon.envs import EnvSpec
 from echelon.models.lm import shares_prompts
@@ -206,7 +205,7 @@ def main(cfg: Config) -> None:
     levels, play = {"actor": Level(actor, policy, cfg.sampling)}, player(cfg, env, rewards, first)
     rollouts = Rollouts(cfg.asynchronous, levels, play, steps=cfg.steps, read=Found.from_json)
     parts = saved_parts(policy, reference) | rollouts.parts()
-    checkpoints = Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume)
+    checkpoints = Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume)
     with checkpoints, rollouts:
         start, extra = checkpoints.restore(parts) if cfg.resume else (0, {})
         drawn = extra.get("tasks", start * cfg.tasks_per_step)

@@ -26,7 +26,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from echelon.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplingConfig, TaskConfig, demand, require
-from echelon.config.loading import to_yaml
 from echelon.data.packing import Batch, pack
 from echelon.envs import EnvSpec
 from echelon.ops import credit
@@ -157,7 +156,7 @@ def main(cfg: Config) -> None:
     levels, play = {"actor": Level(actor, policy, cfg.sampling)}, player(cfg, env, rewards)
     rollouts = Rollouts(cfg.asynchronous, levels, play, steps=cfg.steps, read=Played.from_json)
     out, parts = Path(cfg.out), parts | rollouts.parts()
-    checkpoints = Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume)
+    checkpoints = Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume)
     with checkpoints, rollouts:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         rollouts.publish()

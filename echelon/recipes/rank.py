@@ -24,7 +24,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from echelon.config import LoraConfig, ModelConfig, OptimConfig, SamplingConfig, TaskConfig, demand, require
-from echelon.config.loading import to_yaml
 from echelon.data.candidates import CandidateReplay, Choice, Options
 from echelon.data.packing import Batch, Sampled, pack
 from echelon.envs import EnvSpec
@@ -177,7 +176,7 @@ def main(cfg: Config) -> None:
     level = acting(cfg, actor, levels)
     rollouts = Rollouts(cfg.asynchronous, {"actor": level}, play, steps=cfg.steps, read=Offered.from_json)
     parts = levels.parts() | rollouts.parts()
-    checkpoints = Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume)
+    checkpoints = Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume)
     with checkpoints, rollouts:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         rollouts.publish()

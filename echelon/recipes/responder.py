@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from echelon.config import DataConfig, LoraConfig, ModelConfig, SamplingConfig, TaskConfig, demand, require
-from echelon.config.loading import to_yaml
 from echelon.data.strategies import TransitionConfig
 from echelon.envs import EnvSpec
 from echelon.errors import ConfigError
@@ -160,7 +159,7 @@ def main(cfg: Config) -> None:
     rollouts = Rollouts(cfg.asynchronous, levels, play, steps=cfg.steps, read=Played.from_json)
     parts, out = lower.parts() | rollouts.parts(), Path(cfg.out)
     held_out = world.env.tasks("test") if cfg.eval_every else []
-    checkpoints = Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume)
+    checkpoints = Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume)
     with checkpoints, rollouts:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         rollouts.publish()

@@ -29,7 +29,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from echelon.config import DataConfig, LoraConfig, ModelConfig, SamplingConfig, TaskConfig, demand, require
-from echelon.config.loading import to_yaml
 from echelon.data.candidates import CandidateReplay, Choice
 from echelon.data.strategies import TransitionConfig, file_rewards, load_transitions, transitions_to_choices
 from echelon.envs import EnvSpec
@@ -232,7 +231,7 @@ def main(cfg: Config) -> None:
     play, out = player(cfg, env, rewards, players), Path(cfg.out)
     rollouts = Rollouts(cfg.asynchronous, levels.acting(cfg), play, steps=cfg.steps, read=Offered.from_json)
     parts = levels.parts() | rollouts.parts()
-    checkpoints = Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume)
+    checkpoints = Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume)
     with checkpoints, rollouts:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
         rollouts.publish()

@@ -149,11 +149,11 @@ def open_sampler(
     if sampling.sampler == "local":
         return LocalSampler(module, tokenizer, cache_tokens=kept)
     longest = sampling.max_prompt_tokens + max(sampling.max_tokens, max_tokens)
+    apart = sampling.adapters == "apart"
     if sampling.sampler == "ray":
         return RaySampler(module, tokenizer, sampling.ray, longest=longest, cache_tokens=kept)
     if sampling.sampler == "server":
-        return ServedSampler(module, tokenizer, sampling.server, longest=longest)
-    apart = sampling.adapters == "apart"
+        return ServedSampler(module, tokenizer, sampling.server, longest=longest, apart=apart)
     shared = beside if apart and isinstance(beside, VllmSampler) and beside.shares(module) else None
     return VllmSampler(
         module, tokenizer, longest=longest, cache_tokens=kept, sleep=sampling.sleep, apart=apart, beside=shared

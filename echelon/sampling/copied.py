@@ -1,4 +1,5 @@
-"""What all engines share that draw from a copy of the weights: whether there can be one, and how much it may read.
+"""What all engines share that draw from a copy of the weights: whether there can be one, of all of them or of an
+adapter alone, and how much it may read.
 
 Knows neither who holds the copy nor how weights get there.
 """
@@ -11,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from echelon.errors import ConfigError
+from echelon.models import lora
 
 
 def check_copyable(module: nn.Module, sampler: str) -> None:
@@ -24,6 +26,22 @@ def check_copyable(module: nn.Module, sampler: str) -> None:
         raise ConfigError(
             f"sampling.sampler = {sampler}: one process gives it weights and asks it, and this run has {ranks} ranks. "
             "Use --sampler local, or start it without torchrun."
+        )
+
+
+def check_adapter(module: nn.Module) -> None:
+    """Raise ConfigError for a module of which vLLM cannot be given the adapter apart from the base."""
+    if not lora.has_adapters(module):
+        raise ConfigError(
+            f"sampling.adapters = apart: {type(module).__name__} has no adapter, so its weights are all there is. Give "
+            "lora.rank, or leave it out."
+        )
+    known: Any = module
+    full = [name for own in known.peft_config.values() for name in own.modules_to_save or ()]
+    if full:
+        raise ConfigError(
+            f"sampling.adapters = apart: lora.modules_to_save = {', '.join(sorted(full))} trains layers in full, which "
+            "are no adapter to vLLM. Leave one of the two out."
         )
 
 

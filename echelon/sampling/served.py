@@ -1,31 +1,35 @@
 """vLLM's own server, in another process or on another machine, behind the two methods of a sampler.
 
 It is asked over HTTP, by token ids, and says token ids, log-probs, and which weights each token was drawn with. New
-weights reach it through a folder that it sees too. Starts no server, and knows nothing of how weights are trained.
+weights, or adapters beside their base, reach it through a folder that it sees too. Starts no server, and knows nothing
+of how weights are trained.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from echelon.config import ServerConfig
-from echelon.errors import ConfigError, DataError, RolloutError, need
+from echelon.errors import ConfigError, DataError, EchelonError, RolloutError, need
 from echelon.models import lora
 from echelon.models.lm import first_line
-from echelon.sampling.copied import check_copyable, within
+from echelon.sampling.copied import check_adapter, check_copyable, within
 from echelon.sampling.ends import cut
 from echelon.sampling.vllm_engine import check_length, drawing, logprobs_of, settings
 from echelon.text.endpoint import trust
@@ -49,20 +53,36 @@ class ServedSampler:
     restarted, or that somebody else loads weights into, is found out. `longest` is how many tokens a prompt and its
     answer may have together.
 
-    Raises MissingExtra without httpx2, and ConfigError for what cannot be: weights of few bits, several ranks.
+    With `apart`, the server is given the base of a model with adapters once, and then the adapter that speaks alone,
+    which has such names, too. Several samplers whose adapters are on one base ask one server, each with its own.
+
+    Raises MissingExtra without httpx2, and ConfigError for what cannot be: weights of few bits, several ranks, apart
+    what is no adapter.
     """
 
     def __init__(
-        self, module: nn.Module, tokenizer: Any, server: ServerConfig, *, longest: int, version: int = 0
+        self,
+        module: nn.Module,
+        tokenizer: Any,
+        server: ServerConfig,
+        *,
+        longest: int,
+        version: int = 0,
+        apart: bool = False,
     ) -> None:
         need("httpx2", "endpoint")
         check_copyable(module, "server")
+        if apart:
+            check_adapter(module)
         self.module, self.tokenizer, self.server = module, tokenizer, server
         self.version = version
         self.longest = within(module, longest)
         self.url = server.url.rstrip("/")
-        self._model = ""
-        self._label = ""
+        self._adapter = lora.speaking(module) if apart else None
+        self._held: _Held | None = None
+        self._called = ""
+        self._take_back: Callable[[], object] | None = None
+        self._checked = False
         self._run, self._numbers = secrets.token_hex(4), itertools.count(1)
         self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
         self._asked = 0
@@ -82,49 +102,82 @@ class ServedSampler:
         assert prompt, "a prompt needs at least one token"
         check_length(self.longest, prompt, params)
         drawn = drawing(params)
-        if not self._model:
+        if self._held is None:
             self._open(lora.merged_weights(self.module))
-        label, version = self._label, self.version
+        request, version = self._request(prompt, drawn), self.version
+        label = self._held.label if self._held else ""
         slot = self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.server.in_flight))
         self._asked += 1
         try:
             async with slot:
-                said = await self._ask(self._request(prompt, drawn))
+                said = await self._ask(request)
         finally:
             self._asked -= 1
-        tokens, logprobs = self._read(said, label)
+        tokens, logprobs = self._read(said, label, request["model"])
         if answer := cut(tokens, logprobs, params, self.tokenizer, version):
             return answer
         raise RolloutError(f"{self.url}: the server ended a completion where nothing ends it. Is it another model's?")
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Put full weights, by the names that the module's files have, in place of the server's, and have it forget all
-        keys and values. Without any weights, only the version changes.
+        keys and values. With `apart` only the adapter is read, from the module itself, whose weights these are. Without
+        any weights, only the version changes.
 
         Raises ConfigError and RolloutError for a server that does not take them.
         """
         assert not self._asked, "weights change between rollouts: a completion would mix old and new ones"
         weights = iter(weights)
         first = next(weights, None)
+        if first and self._held is None:
+            self._open(itertools.chain([first], weights))
+        elif first and self._adapter is not None:
+            weights = iter(())  # a generator that is dropped ends whatever it had begun
+            self._put()
+        elif first and self._held:
+            self._push(itertools.chain([first], weights), self._held)
         self.version = version
-        if first is None:
-            return
-        whole = itertools.chain([first], weights)
-        if self._model:
-            self._push(whole)
-        else:
-            self._open(whole)
 
     def _open(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See what the server is, give it these weights, the module's, and see that it reads as the module."""
-        if _OPEN.get(self.url, self) is not self:
+        """See what the server is, give it these weights, the module's, and see that it reads as the module. With
+        `apart`, it is given the module's base, unless another level has done so, and its adapter."""
+        held = self._claimed()
+        first = not held.label
+        try:
+            held.model = self._found()
+            if first:
+                self._call("GET", "/weight_info")
+                with nullcontext() if self._adapter is None else lora.off(self.module):
+                    self._push(weights if self._adapter is None else lora.merged_weights(self.module), held)
+            self._held = held
+            if self._adapter is None:
+                self._check_reading()
+            else:
+                self._put()
+        except BaseException:
+            self._held = None
+            if first:
+                _OPEN.pop(self.url, None)
+            raise
+
+    def _claimed(self) -> _Held:
+        """What the server holds of this run: nothing yet, or the base that this module's adapter is on, too. Raises
+        ConfigError where it is others' weights."""
+        for _ in range(2):
+            held = _OPEN.get(self.url)
+            if held is None:
+                held = _OPEN[self.url] = _Held(self.module, self._adapter is not None)
+                return held
+            if held.apart and self._adapter is not None and lora.same_base(held.module, self.module):
+                return held
+            del held
             gc.collect()  # that of an earlier run in this process
-        if _OPEN.get(self.url, self) is not self:
-            raise ConfigError(
-                f"sampling.server.url = {self.url}: two levels, or rollouts ahead, with weights of their own would "
-                "load them into one server. Give each a server, or another sampler."
-            )
-        _OPEN[self.url] = self
+        raise ConfigError(
+            f"sampling.server.url = {self.url}: two levels, or rollouts ahead, with weights of their own would "
+            "load them into one server. Give each a server, or another sampler."
+        )
+
+    def _found(self) -> str:
+        """What the server calls its model. Raises ConfigError for one with too little room."""
         found = self._call("GET", "/v1/models")["data"][0]
         room = int(found.get("max_model_len") or self.longest)
         if room < self.longest:
@@ -133,19 +186,11 @@ class ServedSampler:
                 f"have up to {self.longest}. Start it with --max-model-len {self.longest}, or lower "
                 "sampling.max_prompt_tokens."
             )
-        self._call("GET", "/weight_info")
-        self._push(weights)
-        self._model = str(found["id"])
-        try:
-            self._check_reading()
-        except BaseException:
-            self._model = ""
-            raise
+        return str(found["id"])
 
-    def _push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def _push(self, weights: Iterable[tuple[str, Tensor]], held: _Held) -> None:
         """Hand weights over: write them, have the server read them and forget what it has read with older ones."""
-        label = f"{self._run}-{next(self._numbers)}"
-        folder = Path(self.server.folder).expanduser().resolve() / f"weights-{label}"
+        label, folder = self._named("weights")
         try:
             _write(self.module, weights, folder)
             read = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
@@ -153,13 +198,45 @@ class ServedSampler:
             self._forget()
             self._call("POST", "/update_weight_version", {"new_version": label})
         except OSError as error:
-            raise ConfigError(
-                f"sampling.server.folder = {self.server.folder}: weights cannot be written there "
-                f"({first_line(error).rstrip('.')}). Give a folder that this process may write and the server reads."
-            ) from error
+            raise self._unwritable(error) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        self._label = label
+        held.label = label
+
+    def _put(self) -> None:
+        """Hand the adapter over as it is now, in place of what it was.
+
+        It goes by a name that no other one ever had, and so do keys and values. Its files stay as long as it is asked:
+        a server that has room for fewer adapters than there are drops one, and reads it again.
+        """
+        assert self._adapter is not None
+        label, folder = self._named("adapter")
+        try:
+            lora.write(self.module, self._adapter, folder)
+            self._call("POST", "/v1/load_lora_adapter", {"lora_name": label, "lora_path": str(folder)})
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise self._unwritable(error) from error
+            raise
+        before, self._called = self._take_back, label
+        self._take_back = finalize(self, _take_back, self.url, label, folder)
+        if before is not None:
+            before()
+        if not self._checked:
+            self._check_reading()
+            self._checked = not self._adapter or lora.has_learned(self.module, self._adapter)
+
+    def _named(self, what: str) -> tuple[str, Path]:
+        """A name that no other weights have, and a folder for them."""
+        label = f"{self._run}-{next(self._numbers)}"
+        return label, Path(self.server.folder).expanduser().resolve() / f"{what}-{label}"
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"sampling.server.folder = {self.server.folder}: weights cannot be written there "
+            f"({first_line(error).rstrip('.')}). Give a folder that this process may write and the server reads."
+        )
 
     def _forget(self) -> None:
         """Have the server forget all keys and values: at once, or when it has dropped what was given up here."""
@@ -174,7 +251,8 @@ class ServedSampler:
         )
 
     def _request(self, prompt: list[int], drawn: Mapping[str, Any]) -> dict[str, Any]:
-        return {"model": self._model, "token_ids": list(prompt), "sampling_params": drawn}
+        model = self._called or (self._held.model if self._held else "")
+        return {"model": model, "token_ids": list(prompt), "sampling_params": drawn}
 
     async def _ask(self, body: Mapping[str, Any]) -> Any:
         """What the server answers, over a connection that may break and be made again: the seed names the answer."""
@@ -210,6 +288,8 @@ class ServedSampler:
     def _answer(self, path: str, response: Any) -> Any:
         """The body of an answer. Raises what a server without some setting, or that refuses the request, calls for."""
         status = response.status_code
+        if status == 200 and path == "/v1/load_lora_adapter":
+            return {}  # words
         if status == 200:
             try:
                 return response.json() if response.content else {}
@@ -219,9 +299,16 @@ class ServedSampler:
             raise self._lacks("answers no token ids", "--enable-scale-out")
         if status == 404 and path == "/v1/models":
             raise RolloutError(f"{self.url}: what answers there is no vLLM server. Check sampling.server.url.")
+        said = _told(response)
+        if path == "/v1/load_lora_adapter":
+            raise self._refused(status, said)
+        if status == 404 and path == "/inference/v1/generate" and self._called:
+            raise RolloutError(
+                f"{self.url}: the server has no adapter {self._called} any more, which it was given: it was restarted, "
+                "or somebody takes adapters from it. Give the run a server of its own, and go on with --resume."
+            )
         if status == 404 and path != "/inference/v1/generate":
             raise self._lacks("takes no weights", "VLLM_SERVER_DEV_MODE=1 in its environment")
-        said = _told(response)
         if status == 400:
             raise ConfigError(f"{self.url} refuses the request: {said}. Change that setting, or use --sampler local.")
         if path == "/collective_rpc":
@@ -231,13 +318,28 @@ class ServedSampler:
             )
         raise RolloutError(f"{self.url}{path}: status {status}: {said}. See what the server prints.")
 
-    def _read(self, said: Any, label: str) -> tuple[list[int], list[float]]:
-        """Tokens and their log-probs. Raises RolloutError unless all were drawn with these weights."""
+    def _refused(self, status: int, said: str) -> EchelonError:
+        """Why the server takes no adapter, or not this one."""
+        rank = lora.widths(self.module)[self._adapter] if self._adapter else 1
+        if status == 404 and "adapter" not in said.lower():
+            return self._lacks("takes no adapters", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment")
+        if "LoRA is not enabled" in said:
+            return self._lacks("takes no adapters", f"--enable-lora --max-lora-rank {rank}, or the next it knows")
+        if "max_lora_rank" in said:
+            return self._lacks(f"takes no adapter of rank {rank}", f"--max-lora-rank {rank}, or the next it knows")
+        return RolloutError(
+            f"{self.url}: the server does not take the adapter in {self.server.folder} (status {status}: {said}). Give "
+            "sampling.server.folder a folder that its machine sees under the same name, or leave sampling.adapters out."
+        )
+
+    def _read(self, said: Any, label: str, model: str) -> tuple[list[int], list[float]]:
+        """Tokens and their log-probs. Raises RolloutError unless all were drawn with these weights, as was asked."""
         try:
             (choice,) = said["choices"]
             tokens = [int(token) for token in choice["token_ids"]]
             logprobs = [min(float(entry["logprob"]), 0.0) for entry in choice["logprobs"]["content"]]
             drawn = {str(span["version"]) for span in choice["weight_versions"]}
+            drawn |= {f"{said['model']} in place of {model}"} if said["model"] != model else set()
         except (KeyError, TypeError, ValueError) as error:
             raise RolloutError(
                 f"{self.url}: an answer without tokens, log-probs and the version of its weights. Serve with vLLM 0.32 "
@@ -257,9 +359,11 @@ class ServedSampler:
         weight = next(self.module.parameters())
         for temperature in (0.0, 0.5):
             params = SamplingParams(max_tokens=4, temperature=temperature)
-            said = self._call("POST", "/inference/v1/generate", self._request(prompt, drawing(params)))
-            tokens, logprobs = self._read(said, self._label)
-            ours = logprobs_of(self.module, prompt, tokens, temperature=temperature or 1.0)
+            request = self._request(prompt, drawing(params))
+            said = self._call("POST", "/inference/v1/generate", request)
+            tokens, logprobs = self._read(said, self._held.label if self._held else "", request["model"])
+            with nullcontext() if self._adapter is None else lora.use(self.module, self._adapter):
+                ours = logprobs_of(self.module, prompt, tokens, temperature=temperature or 1.0)
             off = float((ours - torch.tensor(logprobs)).abs().mean())
             if off <= (1e-3 if weight.dtype == torch.float32 else 0.1):
                 continue
@@ -270,7 +374,8 @@ class ServedSampler:
             raise DataError(
                 f"{type(self.module).__name__}: the server at {self.url} computes other log-probabilities than the "
                 f"model itself (by {off:.2g}). Serve the folder of this model, with --dtype "
-                f"{str(weight.dtype).removeprefix('torch.')}."
+                f"{str(weight.dtype).removeprefix('torch.')}"
+                + (", or leave sampling.adapters out." if self._called else ".")
             )
 
     def _lacks(self, what: str, flag: str) -> ConfigError:
@@ -289,8 +394,28 @@ class ServedSampler:
         )
 
 
-_OPEN: WeakValueDictionary[str, ServedSampler] = WeakValueDictionary()
-"""Whose weights each server holds."""
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class _Held:
+    """What a server holds: all weights of a module, or those below the adapters of it and of others."""
+
+    module: nn.Module
+    apart: bool
+    model: str = ""
+    """What the server calls the model."""
+    label: str = ""
+    """What the weights are called, once it has them."""
+
+
+_OPEN: WeakValueDictionary[str, _Held] = WeakValueDictionary()
+"""What each server holds, as long as somebody asks it."""
+
+
+def _take_back(url: str, adapter: str, folder: Path) -> None:
+    """Have the server forget an adapter, if it is still there, and remove its files: nobody asks it any more."""
+    http = need("httpx2", "endpoint")
+    with contextlib.suppress(http.HTTPError), http.Client(verify=trust(), timeout=10.0) as client:
+        client.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": adapter})
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _told(response: Any) -> str:

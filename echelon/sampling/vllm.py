@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from echelon.errors import ConfigError, need
 from echelon.models import lora
 from echelon.sampling.cache import default_budget
-from echelon.sampling.copied import check_copyable, within
+from echelon.sampling.copied import check_adapter, check_copyable, within
 from echelon.sampling.vllm_engine import BLOCK, Engine, Voice, ranks, undisturbed, width
 from echelon.types import Completion, SamplingParams
 
@@ -54,7 +54,8 @@ class VllmSampler:
             _check(module, sleep)
         speaks = lora.speaking(module) if adapter is None else adapter
         if apart:
-            _check_adapter(module, speaks)
+            check_adapter(module)
+            _check_width(module, speaks)
         longest = within(module, longest)
         wanted = cache_tokens or min(default_budget(module), concurrency * (longest + BLOCK))
         room = max(wanted, longest + 2 * BLOCK)
@@ -128,20 +129,8 @@ def _check(module: nn.Module, sleep: bool) -> None:
         )
 
 
-def _check_adapter(module: nn.Module, adapter: str) -> None:
-    """Raise ConfigError for what vLLM cannot be given apart from the base."""
-    if not lora.has_adapters(module):
-        raise ConfigError(
-            f"sampling.adapters = apart: {type(module).__name__} has no adapter, so its weights are all there is. Give "
-            "lora.rank, or leave it out."
-        )
-    known: Any = module
-    full = [name for own in known.peft_config.values() for name in own.modules_to_save or ()]
-    if full:
-        raise ConfigError(
-            f"sampling.adapters = apart: lora.modules_to_save = {', '.join(sorted(full))} trains layers in full, which "
-            "are no adapter to vLLM. Leave one of the two out."
-        )
+def _check_width(module: nn.Module, adapter: str) -> None:
+    """Raise ConfigError for an adapter with more numbers than vLLM takes."""
     if width(module, adapter) > max(ranks()):
         raise ConfigError(
             f"sampling.adapters = apart: the adapter has rank {width(module, adapter)}, and vLLM takes at most "

@@ -1,6 +1,7 @@
 """Checkpoints of a run: written whole or not at all, checked when read, one writer at a time.
 
-Knows files, checksums and locks; knows nothing of what is in a part. Parts save themselves.
+Knows files, checksums and locks, and which settings a run keeps; knows nothing of what is in a part. Parts save
+themselves.
 
     <run>/.lock
     <run>/checkpoints/step_000120/<part>/…  config.yaml  extra.json  rng.safetensors  manifest.json (written last)
@@ -19,16 +20,19 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias, get_origin, runtime_checkable
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from echelon.config.loading import completed, settings_of, show, to_yaml
 from echelon.errors import CheckpointError, ConfigError
 from echelon.train import dist
 from echelon.train.clock import phase
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -82,14 +86,14 @@ class Checkpoints:
     when `resume` is True and there is none.
     """
 
-    def __init__(self, folder: Path, *, config_yaml: str, keep_last: int = 2, resume: bool = False) -> None:
+    def __init__(self, folder: Path, *, config: DataclassInstance, keep_last: int = 2, resume: bool = False) -> None:
         if keep_last < 1:
             raise ConfigError(
                 f"keep_last = {keep_last}: a run needs its newest checkpoint. Set keep_last to 1 or more."
             )
         self.folder = folder
         self._home = folder / "checkpoints"
-        self._config_yaml, self._keep_last = config_yaml, keep_last
+        self._config, self._keep_last = config, keep_last
         self._lock: int | None = None
         if dist.writes():
             self._open(resume)
@@ -167,7 +171,7 @@ class Checkpoints:
                 f"{path}: holds {_listed(manifest['parts'])}, but this run also needs {_listed(missing)}. "
                 "Resume it with the recipe that wrote it."
             )
-        _check_config((path / "config.yaml").read_text(encoding="utf-8"), self._config_yaml, path)
+        _check_config((path / "config.yaml").read_text(encoding="utf-8"), self._config, path)
         for name, part in parts.items():
             part.load(path / name)
         _set_random_state(load_file(path / "rng.safetensors"))  # last: loading may draw numbers
@@ -226,7 +230,7 @@ class Checkpoints:
     ) -> None:
         """Write the rest, and the manifest: what is `said`, and a line for each file; other ranks know `theirs`."""
         (folder / "extra.json").write_text(json.dumps(extra, allow_nan=False), encoding="utf-8")
-        (folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
+        (folder / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
         save_file(_random_state(), folder / "rng.safetensors")
         own = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
         files = {**{name: _line(path) for name, path in own.items() if name not in theirs}, **theirs}
@@ -381,16 +385,39 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_config(saved: str, given: str, checkpoint: Path) -> None:
-    """Raise CheckpointError if a run would continue under other settings than it began with."""
-    old, new = dict(_flat(yaml.safe_load(saved))), dict(_flat(yaml.safe_load(given)))
-    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    if refused := [key for key in differing if key[max(key.find("sampling.ray."), 0) :] not in MAY_CHANGE]:
+def _check_config(saved: str, config: DataclassInstance, checkpoint: Path) -> None:
+    """Raise CheckpointError if a run would continue under other settings than it began with.
+
+    A setting that is newer than the run had its default then. One that is gone cannot be kept, unless it held nothing.
+    """
+    old, new = (dict(_flat(completed(type(config), text))) for text in (saved, to_yaml(config)))
+    differing = [key for key in sorted(old.keys() | new.keys()) if _differs(key, old, new)]
+    refused = [key for key in differing if key[max(key.find("sampling.ray."), 0) :] not in MAY_CHANGE]
+    if gone := [key for key in refused if not _is_setting(key, type(config))]:
+        values = ", ".join(f"{key} ({show(old[key])})" for key in gone)
+        raise CheckpointError(
+            f"{checkpoint}: it was written with settings that this recipe does not have: {values}. "
+            "Resume it with the recipe and the version that wrote it, or start a new run with another --out."
+        )
+    if refused:
         changes = ", ".join(f"{key} ({old.get(key)} → {new.get(key)})" for key in refused)
         raise CheckpointError(
             f"{checkpoint}: it was written with other settings: {changes}. A run keeps its settings. "
             "Set them back, or start a new run with another --out."
         )
+
+
+def _differs(key: str, old: Mapping[str, object], new: Mapping[str, object]) -> bool:
+    """Whether a setting says something else; where one side lacks it, whether the other says anything."""
+    if key in old and key in new:
+        return old[key] != new[key]
+    return (old[key] if key in old else new[key]) not in (None, "", [], {})
+
+
+def _is_setting(key: str, config: type[DataclassInstance]) -> bool:
+    """Whether the recipe has this setting, or the free mapping that it is an entry of."""
+    settings, block = settings_of(config), key.rpartition(".")[0]
+    return key in settings or get_origin(settings.get(block)) is dict
 
 
 def _flat(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError
 
 from echelon.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig, demand, require
-from echelon.config.loading import to_yaml
 from echelon.errors import CheckpointError
 from echelon.seeds import derive_seed
 from echelon.train import dist
@@ -137,7 +136,7 @@ def fit(
     """
     out, steps = Path(cfg.out), total_steps(cfg, len(rows))
     saved = {learner.name: learner, **(parts or {})}
-    with Checkpoints(out, config_yaml=to_yaml(cfg), keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
+    with Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume) as checkpoints:
         start, extra = checkpoints.restore(saved) if cfg.resume else (0, {})
         judge = _Judge(cfg, evaluate, Best(**extra["best"]) if start else Best())
         if cfg.resume:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from echelon.config import RunConfig
 from echelon.envs import load_env
 from echelon.models.lm import tiny
 from echelon.train.checkpoint import Checkpoints
@@ -351,7 +352,7 @@ def test_a_run_keeps_its_directory_and_its_settings(run: Place, line: str, messa
 
 def test_a_run_that_somebody_writes_to_is_left_alone(run: Place) -> None:
     before = run.files()
-    with Checkpoints(run / "r", config_yaml="", resume=True):
+    with Checkpoints(run / "r", config=RunConfig(out="r"), resume=True):
         for line in (QUICK, MORE):
             assert run.run(line) == (
                 2,

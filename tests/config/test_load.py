@@ -247,8 +247,8 @@ def test_the_sampler_is_said_once_for_all_levels_and_again_for_one() -> None:
         ),
         (
             ("--sampling.adapters", "apart"),
-            "sampling.adapters = apart: only vLLM in this process takes an adapter by itself. Use sampler = vllm, or "
-            "leave it out.",
+            "sampling.adapters = apart: only vLLM here or as a server takes an adapter by itself. Use sampler = vllm "
+            "or server, or leave it out.",
         ),
         (
             ("--sampler", "server"),

@@ -51,6 +51,11 @@ def test_a_truncated_episode_bootstraps_from_its_final_state() -> None:
     assert (last.next_state, last.terminated, last.discount_steps) == ([9, 9], False, 1)
 
 
+def test_nothing_is_bootstrapped_from_what_lies_behind_the_end_of_a_task() -> None:
+    last = transitions(chain(1.0, 2.0, final=[9, 9]), "actor", gamma=0.5)[-1]
+    assert (last.next_state, last.terminated) == (None, True)
+
+
 def test_a_truncated_episode_without_a_final_state_is_never_taken_for_a_terminated_one() -> None:
     with pytest.raises(DataError, match=r"truncated but carries no final state.*Set episode\.final"):
         transitions(chain(1.0, ending="truncated"), "actor", gamma=0.5)
@@ -209,6 +214,18 @@ def test_a_loaded_replay_answers_the_same_seeds_and_continues_the_same(
         one.add([[Transition([1], [2], 1.0, None, True, text="new")] * 5])
     assert loaded.sample(16, seed=5) == replay.sample(16, seed=5)
     assert loaded.sample_episodes(3, seed=5) == replay.sample_episodes(3, seed=5)
+
+
+def test_long_states_that_part_late_are_kept_apart() -> None:
+    """As where a budget of tokens leaves the beginning of a prompt and drops what follows it."""
+    same, there = list(range(40)), Replay(10)
+    found = [
+        Transition([*same, 50], [51, 52], 0.1, [*same, 60, 61], terminated=False),
+        Transition([*same, 60, 61], [62], 0.7, None, terminated=True),
+    ]
+    there.add([found])
+    (kept,) = there.episodes()
+    assert kept == [replace(each, episode=0) for each in found], "rewards to the last digit, too"
 
 
 def test_a_smaller_replay_loads_the_newest_episodes(tmp_path: Path) -> None:

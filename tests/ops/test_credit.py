@@ -356,3 +356,4 @@ def test_which_part_of_the_variation_is_within_episodes():
     assert share_within(torch.tensor([1.0, -1.0, 1.0, -1.0]), owner) == 1
     assert share_within(torch.tensor([3.0, 1.0, -1.0, -3.0]), owner) == pytest.approx(0.2)  # 4 of 20
     assert share_within(torch.full((4,), 0.1), owner) == 0
+    assert share_within(torch.tensor([5.0, 3.0, 1.0, -1.0]), owner) == pytest.approx(0.2)  # about their mean, 2

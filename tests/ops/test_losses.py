@@ -42,6 +42,8 @@ def test_the_statistics_by_hand():
     _, stats = losses.clipped_surrogate(tensor(math.log(1.5)), tensor(0.0), tensor(2.0))
     assert stats["ratio"].item() == pytest.approx(1.5)
     assert stats["kl"].item() == pytest.approx(0.5 - math.log(1.5), abs=1e-6)
+    _, stats = losses.clipped_surrogate(tensor(math.log(1.5), 0.0), tensor(0.0, 0.0), tensor(2.0, 2.0))
+    assert stats["ratio/max"].tolist() == pytest.approx([1.5, 1.0]), "of each token: `reduce_stats` takes the largest"
 
 
 def test_the_two_sides_clip_separately():
@@ -293,6 +295,7 @@ def test_targets_and_advantages_are_constants():
         + losses.clipped_value(moving, constant, constant)
         + losses.clipped_surrogate(moving, constant, constant)[0]
         + losses.cispo(moving, constant, constant)[0]
+        + losses.categorical_kl(moving, constant)
     )
     total.sum().backward()
     assert constant.grad is None

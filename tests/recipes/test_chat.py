@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from echelon import cli
-from echelon.config import ModelConfig
+from echelon.config import ModelConfig, RunConfig
 from echelon.config.loading import load
 from echelon.envs import load_env
 from echelon.errors import ConfigError
@@ -535,7 +535,7 @@ class OnlyStrategist:
 
 
 def test_who_cannot_answer_is_one_line(pipe: Pipe, model: Path, tosca: Path, archer: Path, tmp_path: Path) -> None:
-    with Checkpoints(tmp_path / "chooser", config_yaml="") as checkpoints:
+    with Checkpoints(tmp_path / "chooser", config=RunConfig(out="r")) as checkpoints:
         checkpoints.save(1, {"strategist": OnlyStrategist(model)})
     (tmp_path / "mute").mkdir()
     for file in model.iterdir():
@@ -570,7 +570,7 @@ def test_who_cannot_answer_is_one_line(pipe: Pipe, model: Path, tosca: Path, arc
 
 
 def test_a_run_that_is_damaged_is_one_line(pipe: Pipe, ranker: Path, tmp_path: Path) -> None:
-    with Checkpoints(tmp_path / "run", config_yaml="") as checkpoints:
+    with Checkpoints(tmp_path / "run", config=RunConfig(out="r")) as checkpoints:
         folder = checkpoints.save(1, {"actor": OnlyStrategist(Path(next(ranker.glob("checkpoints/*/actor"))))})
     (folder / "extra.json").write_text("{}  ")
     status, _, err = pipe("Hello.\n", tmp_path / "run")

@@ -6,6 +6,7 @@ The last tests ask vLLM's own server.
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import json
 import os
@@ -30,11 +31,13 @@ from echelon.data.packing import Sampled, pack
 from echelon.errors import ConfigError, DataError, RolloutError
 from echelon.models import lora
 from echelon.models.lm import token_logprobs
+from echelon.models.lora import AdapterView
 from echelon.rollout.setup import open_sampler
 from echelon.sampling import served
 from echelon.sampling.served import ServedSampler
 from echelon.train.learner import Learner
 from echelon.types import SamplingParams
+from tests.recipes.doors import GAME, TEMPLATES
 from tests.sampling.conformance import check_sampler
 from tests.sampling.test_vllm import ask, ids, mismatch, small
 from tests.sampling.test_vllm_server import _answers
@@ -57,6 +60,10 @@ class Stand(ThreadingHTTPServer):
         """Path → what becomes of the next requests there: a status, with or without a text, or a function."""
         self.raw = False
         self.forgets = True
+        self.adapters: dict[str, Path] = {}
+        self.room_for = 1
+        """Adapters that it holds at once; others it reads again when they are asked."""
+        self.resident: dict[str, Any] = {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def answer(self, path: str, body: Any) -> Any:
@@ -71,7 +78,22 @@ class Stand(ThreadingHTTPServer):
         if path == "/update_weight_version":
             self.label = body["new_version"]
             return {"success": True}
+        if path == "/v1/load_lora_adapter":
+            assert body["lora_name"] not in self.adapters
+            self.adapters[body["lora_name"]] = Path(body["lora_path"])
+            self.adapted(body["lora_name"])
+            return "Success"
+        if path == "/v1/unload_lora_adapter":
+            return str(self.adapters.pop(body["lora_name"]))
         return self.draw(body)
+
+    def adapted(self, name: str) -> Any:
+        """The model with this adapter, whose files it reads where it does not hold it."""
+        if name not in self.resident:
+            while len(self.resident) >= self.room_for:
+                del self.resident[next(iter(self.resident))]
+            self.resident[name] = lora.load(copy.deepcopy(self.module), str(self.adapters[name])).eval()
+        return self.resident[name]
 
     def reload(self, folder: Path, method: str) -> Any:
         assert method == "reload_weights"
@@ -79,16 +101,18 @@ class Stand(ThreadingHTTPServer):
         for file in sorted(folder.glob("*.safetensors")):
             found |= load_file(file)
         self.module.load_state_dict(found)
+        self.resident.clear()
         self.read.append(folder)
         return {"results": [None]}
 
     @torch.no_grad()
     def draw(self, body: Any) -> Any:
         asked, content = body["sampling_params"], []
+        module = self.module if body["model"] == "base" else self.adapted(body["model"])
         ids_T, heat = list(body["token_ids"]), asked["temperature"]
         generator = torch.Generator().manual_seed(asked["seed"] % 2**63)
         for _ in range(asked["max_tokens"]):
-            logits = self.module(input_ids=torch.tensor([ids_T])).logits[0, -1]
+            logits = module(input_ids=torch.tensor([ids_T])).logits[0, -1]
             probabilities = torch.softmax(logits / (heat or 1.0), -1)
             token = int(logits.argmax() if heat == 0 else torch.multinomial(probabilities, 1, generator=generator))
             said = torch.softmax(logits, -1) if self.raw else probabilities
@@ -99,7 +123,7 @@ class Stand(ThreadingHTTPServer):
         tokens = ids_T[len(body["token_ids"]) :]
         spans = [{"version": self.label, "start": 0, "end": len(tokens)}]
         choice = {"index": 0, "token_ids": tokens, "logprobs": {"content": content}, "weight_versions": spans}
-        return {"request_id": "1", "choices": [choice]}
+        return {"request_id": "1", "model": body["model"], "choices": [choice]}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -150,10 +174,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served, "BACKOFF", 0.01)
 
 
-def opened(stand: Any, folder: Path, module: Any = None, **settings: Any) -> ServedSampler:
+def opened(stand: Any, folder: Path, module: Any = None, *, apart: bool = False, **settings: Any) -> ServedSampler:
     model, tokenizer = small()
     server = ServerConfig(url=stand.url, folder=str(folder), timeout=60.0)
-    return ServedSampler(module or model, tokenizer, replace(server, **settings), longest=160)
+    return ServedSampler(module or model, tokenizer, replace(server, **settings), longest=160, apart=apart)
 
 
 ONE = (ids(7, 1), SamplingParams(max_tokens=6, temperature=0.7, seed=3))
@@ -202,6 +226,160 @@ def test_an_adapter_is_folded_into_what_the_server_reads(stand: Stand, tmp_path:
     assert mismatch(adapted, [ONE], said, 0.7) <= 1e-4
     with lora.off(adapted):
         assert mismatch(adapted, [ONE], said, 0.7) > 0.05
+
+
+def moved(view: Any) -> Any:
+    """What says something else than before."""
+    with torch.no_grad():
+        for name, weight in view.named_parameters():
+            weight.add_(0.3 * torch.randn_like(weight) if "lora_" in name else 0.0)
+    return view
+
+
+def two_levels(seed: int = 0) -> dict[str, AdapterView]:
+    model = lora.attach(small(seed=seed)[0], LoraConfig(rank=4, alpha=8), name="high")
+    model = lora.attach(model, LoraConfig(rank=12), name="low")
+    return {name: AdapterView(model, name) for name in ("high", "low")}
+
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
+
+def test_with_adapters_apart_the_base_is_read_once_and_then_the_adapter_alone(stand: Stand, tmp_path: Path) -> None:
+    module = moved(lora.attach(small(seed=4)[0], LoraConfig(rank=4)))
+    sampler = opened(stand, tmp_path, module, apart=True)
+    first = ask(sampler, [ONE])
+    assert stand.paths == [
+        *("/v1/models", "/weight_info"),
+        *("/collective_rpc", "/reset_prefix_cache", "/update_weight_version"),
+        *(LOAD, GENERATE, GENERATE),  # it reads as the module
+        GENERATE,
+    ]
+    assert mismatch(module, [ONE], first, 0.7) <= 1e-4
+    (name,), label = stand.adapters, stand.label
+    stand.paths.clear()
+    sampler.load(moved(module).state_dict().items(), 5)
+    assert stand.paths == [LOAD, UNLOAD]
+    assert (stand.label, name in stand.adapters, len(stand.adapters)) == (label, False, 1)
+    (said,) = ask(sampler, [ONE])
+    assert said.version == 5
+    assert mismatch(module, [ONE], [said], 0.7) <= 1e-4
+    assert mismatch(module, [ONE], first, 0.7) > 0.05
+    assert [*tmp_path.iterdir()] == [*stand.adapters.values()], "it may read them again"
+    del sampler
+    assert [*tmp_path.iterdir()] == [*stand.adapters] == []
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_levels_on_one_base_ask_one_server_each_with_its_own_adapter(stand: Stand, tmp_path: Path, room: int) -> None:
+    stand.room_for = room
+    views = {name: moved(view) for name, view in two_levels().items()}
+    samplers = {name: opened(stand, tmp_path, view, apart=True) for name, view in views.items()}
+    for version in range(2):
+        said = {name: ask(sampler, [ONE]) for name, sampler in samplers.items()}
+        assert {found[0].version for found in said.values()} == {version}
+        for name, view in views.items():
+            assert mismatch(view, [ONE], said[name], 0.7) <= 1e-4
+            assert mismatch(views["low" if name == "high" else "high"], [ONE], said[name], 0.7) > 0.05
+        moved(views["high"])
+        assert mismatch(views["high"], [ONE], said["high"], 0.7) > 0.05
+        samplers["high"].load(views["high"].state_dict().items(), version + 1)
+        samplers["low"].load(iter(()), version + 1)
+    assert len(stand.read) == 1, "the base, once for both"
+
+
+def test_an_adapter_is_compared_with_the_modules_when_it_first_says_anything(stand: Stand, tmp_path: Path) -> None:
+    module = lora.attach(small(seed=4)[0], LoraConfig(rank=4))
+    sampler = opened(stand, tmp_path, module, apart=True)
+    ask(sampler, [ONE])
+    checks = []
+    for version in range(3):
+        stand.paths.clear()
+        sampler.load(moved(module).state_dict().items() if version else module.state_dict().items(), version)
+        checks.append(stand.paths.count(GENERATE))
+    assert checks == [2, 2, 0]
+
+
+def test_rollouts_ahead_may_have_an_adapter_of_their_own(stand: Stand, tmp_path: Path) -> None:
+    module = moved(lora.attach(small(seed=4)[0], LoraConfig(rank=4)))
+    then, now = (opened(stand, tmp_path, module, apart=True) for _ in range(2))
+    before = ask(then, [ONE])
+    moved(module)
+    after = ask(now, [ONE])
+    assert mismatch(module, [ONE], after, 0.7) <= 1e-4
+    assert mismatch(module, [ONE], before, 0.7) > 0.05
+    assert ask(then, [ONE]) == before
+
+
+@pytest.mark.parametrize("other", ["a base of its own", "whole weights"])
+def test_adapters_of_another_base_do_not_go_into_one_server(stand: Stand, tmp_path: Path, other: str) -> None:
+    ask(opened_first := opened(stand, tmp_path, two_levels()["high"], apart=True), [ONE])
+    module: Any = two_levels(seed=3)["high"] if other == "a base of its own" else opened_first.module
+    with pytest.raises(ConfigError, match=r"would load them into one server\. Give each a server"):
+        ask(opened(stand, tmp_path, module, apart=other == "a base of its own"), [ONE])
+    assert len(ask(opened_first, [ONE])) == 1
+
+
+NO_ROUTE = (404, '{"detail": "Not Found"}')
+NO_FLAG = (500, '{"error": {"message": "Call to add_lora method failed: LoRA is not enabled. Use --enable-lora to"}}')
+NARROW = (500, '{"error": {"message": "Call failed: LoRA rank 12 is greater than max_lora_rank 8."}}')
+NO_FILE = (404, '{"error": {"message": "Loading lora x failed: No adapter found for /weights/x"}}')
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "message"),
+    [
+        (NO_ROUTE, ConfigError, "takes no adapters. Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its"),
+        (NO_FLAG, ConfigError, "takes no adapters. Start it with --enable-lora --max-lora-rank 12, or the next it"),
+        (NARROW, ConfigError, "takes no adapter of rank 12. Start it with --max-lora-rank 12, or the next it knows"),
+        (NO_FILE, RolloutError, r"does not take the adapter in /.* \(status 404: .* No adapter found .*the same name"),
+    ],
+    ids=["not switched on", "not enabled", "narrow", "no folder"],
+)
+def test_a_server_that_takes_no_adapter_is_refused_in_one_line(
+    stand: Stand, tmp_path: Path, fault: Any, kind: type[Exception], message: str
+) -> None:
+    stand.faults[LOAD] = [fault]
+    sampler = opened(stand, tmp_path, two_levels()["low"], apart=True)
+    with pytest.raises(kind, match=message) as found:
+        ask(sampler, [ONE])
+    assert "\n" not in str(found.value)
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+    assert ask(sampler, [ONE]), "it is given anew to one that does"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ((404, '{"error": {"message": "The model `x` does not exist."}}'), "has no adapter .* any more, which it was"),
+        (lambda found: {**found, "model": "base"}, r"weights .* and base in place of .*-2, and the server was given"),
+        (lambda found: found | {"choices": [found["choices"][0] | {"weight_versions": MIXED}]}, "new and old, and the"),
+    ],
+    ids=["restarted", "the base", "another base"],
+)
+def test_an_adapter_that_is_gone_is_one_line(stand: Stand, tmp_path: Path, fault: Any, message: str) -> None:
+    sampler = opened(stand, tmp_path, two_levels()["low"], apart=True)
+    ask(sampler, [ONE])
+    stand.faults[GENERATE] = [fault]
+    with pytest.raises(RolloutError, match=message) as found:
+        ask(sampler, [ONE])
+    assert "\n" not in str(found.value)
+
+
+def test_what_is_no_adapter_is_refused(stand: Stand, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sampling\.adapters = apart: LlamaForCausalLM has no adapter"):
+        opened(stand, tmp_path, apart=True)
+    full = lora.attach(small()[0], LoraConfig(rank=2, modules_to_save=("norm",)))
+    with pytest.raises(ConfigError, match=r"lora\.modules_to_save = norm trains layers in full"):
+        opened(stand, tmp_path, full, apart=True)
+    adapted, folder = moved(lora.attach(small()[0], LoraConfig(rank=2))), tmp_path / "w"
+    sampler = opened(stand, folder, adapted, apart=True)
+    ask(sampler, [ONE])
+    folder.rename(tmp_path / "gone")
+    folder.touch()
+    with pytest.raises(ConfigError, match=r"sampling\.server\.folder = .*/w: weights cannot be written there"):
+        sampler.load(adapted.state_dict().items(), 1)
+    assert ask(sampler, [ONE])[0].version == 0, "what was not handed over does not speak"
 
 
 def test_weights_are_written_in_parts(stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,9 +575,13 @@ def learns(folder: Path, url: str) -> None:
 def test_the_settings_open_it(stand: Stand, tmp_path: Path) -> None:
     module, tokenizer = small()
     server = ServerConfig(url=f"{stand.url}/", folder=str(tmp_path))
-    sampler = open_sampler(module, tokenizer, SamplingConfig(sampler="server", server=server, max_prompt_tokens=60))
+    settings = SamplingConfig(sampler="server", server=server, max_prompt_tokens=60)
+    sampler = open_sampler(module, tokenizer, settings)
     assert isinstance(sampler, ServedSampler)
     assert (sampler.url, sampler.longest) == (stand.url, 92)
+    sampler = open_sampler(two_levels()["high"], tokenizer, replace(settings, adapters="apart"))
+    ask(sampler, [ONE])  # type: ignore[arg-type]
+    assert len(stand.adapters) == 1
 
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
@@ -408,7 +590,17 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 @pytest.fixture(scope="module")
 def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """vLLM's own server, as the page about scaling starts it."""
-    folder = tmp_path_factory.mktemp("served")
+    yield from serving(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def lora_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The same for adapters, of which it holds two at once."""
+    words = "--enable-lora --max-loras 2 --max-lora-rank 16"
+    yield from serving(tmp_path_factory.mktemp("lora"), *words.split(), VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")
+
+
+def serving(folder: Path, *flags: str, **environment: str) -> Iterator[str]:
     module, tokenizer = small(seed=8)
     module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -417,10 +609,10 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     words += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "160", "--max-num-seqs", "8"]
-    words += ["--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--enforce-eager"]
+    words += ["--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--enforce-eager", *flags]
     variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(words, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(words, env=os.environ | variables | environment, stdout=log, stderr=subprocess.STDOUT)
     url, until = f"http://127.0.0.1:{port}", time.monotonic() + 560
     try:
         while not _answers(f"{url}/health"):
@@ -463,3 +655,74 @@ def test_log_probs_of_vllms_server_are_the_trainers_after_each_update(vllm_serve
 @needs_vllm
 def test_grpo_learns_on_what_vllms_server_says(vllm_server: str, tmp_path: Path) -> None:
     learns(tmp_path, vllm_server)
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_log_probs_of_vllms_server_are_the_trainers_for_each_adapter_after_each_update(
+    lora_server: str, tmp_path: Path
+) -> None:
+    """Three adapters, one more than the server holds: it reads them again, and answers all at once nevertheless."""
+    views, tokenizer = two_levels(), small()[1]
+    server = ServerConfig(url=lora_server, folder=str(tmp_path))
+    views["ahead"] = copy.deepcopy(moved(views["high"]))
+    samplers = {name: ServedSampler(view, tokenizer, server, longest=160, apart=True) for name, view in views.items()}
+    learner = Learner(views["high"], OptimConfig(lr=1e-2))
+    requests = [(ids(70 + n, n), SamplingParams(max_tokens=8, temperature=0.7, seed=2**62 + n)) for n in range(3)]
+    told = []
+
+    async def all_at_once() -> list[Any]:
+        return await asyncio.gather(*(place.sample(*each) for place in samplers.values() for each in requests))
+
+    for update in range(4):
+        answers = asyncio.run(all_at_once())
+        said = {name: answers[3 * at : 3 * at + 3] for at, name in enumerate(samplers)}
+        for name, view in views.items():
+            assert mismatch(view, requests, said[name], 0.7) <= 1e-4, f"{name}, after {update} updates"
+        assert {each.version for each in said["high"]} == {update}
+        told.append({name: [each.tokens for each in found] for name, found in said.items()})
+        batch = pack([Sampled(p, c.tokens, c.logprobs) for (p, _), c in zip(requests, said["high"], strict=True)])
+        learner.update([batch], lambda module, part: (-token_logprobs(module, part).sum() / 40, {}))
+        samplers["high"].load(learner.weights(), learner.version)
+    assert told[0]["high"] != told[-1]["high"], "the updates changed what is said"
+    assert [told[0][name] for name in ("low", "ahead")] == [told[-1][name] for name in ("low", "ahead")]
+    served_there = [card["id"] for card in samplers["low"]._call("GET", "/v1/models")["data"]]
+    assert sorted(served_there[1:]) == sorted(sampler._called for sampler in samplers.values())
+    prompts = [tokenizer.encode(text) for text in ("what is in the box?", "a cat, a hat", "the box", "a")]
+    asyncio.run(check_sampler(samplers["low"], tokenizer, prompts, stop_id=tokenizer.eos_token_id, length=12))
+    wide = AdapterView(lora.attach(views["low"].model, LoraConfig(rank=20), name="wide"), "wide")
+    with pytest.raises(ConfigError, match=r"takes no adapter of rank 20\. Start it with --max-lora-rank 20, or"):
+        ask(ServedSampler(wide, tokenizer, server, longest=160, apart=True), requests)
+    served._take_back(lora_server, samplers["low"]._called, tmp_path / "nowhere")
+    with pytest.raises(RolloutError, match=r"has no adapter .* any more, which it was given"):
+        ask(samplers["low"], requests)
+    assert mismatch(views["high"], requests, ask(samplers["high"], requests), 0.7) <= 1e-4
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_both_levels_of_feedback_learn_through_one_server(lora_server: str, tmp_path: Path) -> None:
+    module, tokenizer = small()
+    module.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ["feedback", "--solver.model.path", tmp_path / "model", "--env", GAME, "--out", tmp_path / "run"]
+    words += ["--weights", "adapters", "--lora.rank", 4, "--tasks-per-step", 2, "--attempts", 2, "--steps", 2]
+    words += ["--threads", 1, *(word for name in TEMPLATES for word in (f"--templates.{name}", TEMPLATES[name]))]
+    said = {"sampler": "server", "adapters": "apart", "max-tokens": 3, "max-prompt-tokens": 90}
+    said |= {"server.url": lora_server, "server.folder": str(tmp_path / "weights")}
+    for level in ("solver", "coach"):
+        words += [word for name in said for word in (f"--{level}.sampling.{name}", said[name])]
+    assert cli.main([str(word) for word in words]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert all(row[f"{level}/first_mismatch"] <= 1e-4 for row in rows for level in ("solver", "coach")), rows
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllms_server_as_it_is_otherwise_takes_no_adapter(vllm_server: str, tmp_path: Path) -> None:
+    server, view = ServerConfig(url=vllm_server, folder=str(tmp_path)), two_levels()["low"]
+    with pytest.raises(ConfigError, match=r"takes no adapters\. Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+        ask(ServedSampler(view, small()[1], server, longest=160, apart=True), [ONE])
+    assert list(tmp_path.iterdir()) == []

@@ -72,8 +72,9 @@ def opened(model: nn.Module, tokenizer: Any, **settings: Any) -> VllmSampler:
 def place() -> Place:
     model, tokenizer = two_levels()
     views = {name: AdapterView(model, name) for name in ("high", "low")}
-    high = opened(views["high"], tokenizer)
-    low, base = opened(views["low"], tokenizer, beside=high), opened(views["high"], tokenizer, adapter="", beside=high)
+    # The base comes first: without an adapter, vLLM on a CPU answers it with the numbers in its last place.
+    base = opened(views["high"], tokenizer, adapter="")
+    high, low = (opened(views[name], tokenizer, beside=base) for name in ("high", "low"))
     return Place(model, tokenizer, views, {"high": high, "low": low, "": base})
 
 

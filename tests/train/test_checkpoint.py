@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,20 @@ import torch
 from echelon.errors import CheckpointError, ConfigError
 from echelon.train.checkpoint import Checkpoints, find_checkpoint
 
-CONFIG = "lr: 0.1\nsteps: 10\nmodel:\n  name: tiny\n  lora: {}\n"
+
+@dataclass(frozen=True)
+class ModelSettings:
+    name: str = "tiny"
+    settings: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    lr: float = 0.1
+    steps: int = 10
+    model: ModelSettings = ModelSettings()
+
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,7 +53,7 @@ class Part:
 
 
 def begin(folder: Path, **options: Any) -> Checkpoints:
-    return Checkpoints(folder, config_yaml=options.pop("config_yaml", CONFIG), **options)
+    return Checkpoints(folder, config=options.pop("config", Settings()), **options)
 
 
 def write(folder: Path, *steps: int, keep_last: int = 9) -> None:
@@ -151,6 +165,7 @@ def test_a_disk_that_fails_at_any_moment_leaves_a_whole_checkpoint(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from echelon.config import RunConfig
 from echelon.train.checkpoint import Checkpoints
 
 class Part:
@@ -158,13 +173,13 @@ class Part:
         (folder / "value.json").write_text("20")
         os.kill(os.getpid(), signal.SIGKILL)
 
-Checkpoints(Path(sys.argv[1]), config_yaml=sys.argv[2], resume=True).save(20, {"actor": Part()})
+Checkpoints(Path(sys.argv[1]), config=RunConfig(out="r"), resume=True).save(20, {"actor": Part()})
 """
 
 
 def test_a_process_killed_while_saving_leaves_the_earlier_checkpoints_and_no_lock(tmp_path: Path) -> None:
     write(tmp_path, 10)
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), CONFIG], cwd=ROOT, check=False, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, check=False, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert names(tmp_path) == [".tmp-step_000020", "step_000010"]
     assert resumed(tmp_path) == (10, 10)
@@ -182,9 +197,10 @@ def test_a_process_killed_while_replacing_a_checkpoint_leaves_one_of_the_two(tmp
 HOLDER = """
 import sys
 from pathlib import Path
+from echelon.config import RunConfig
 from echelon.train.checkpoint import Checkpoints
 
-with Checkpoints(Path(sys.argv[1]), config_yaml=""):
+with Checkpoints(Path(sys.argv[1]), config=RunConfig(out="r")):
     print("ready", flush=True)
     sys.stdin.read()
 """
@@ -307,16 +323,112 @@ def test_at_least_one_checkpoint_is_kept(tmp_path: Path) -> None:
 
 def test_a_run_may_grow_but_keeps_its_other_settings(tmp_path: Path) -> None:
     write(tmp_path, 10)
-    assert resumed(tmp_path, config_yaml=CONFIG.replace("steps: 10", "steps: 20\nout: here\nthreads: 2\n")) == (
-        10,
-        10,
+    assert resumed(tmp_path, config=Settings(steps=20)) == (10, 10)
+    changed = Settings(lr=0.2, steps=20, model=ModelSettings(settings={"layers": 4}))
+    with pytest.raises(CheckpointError) as caught:
+        resumed(tmp_path, config=changed)
+    assert str(caught.value) == (
+        f"{tmp_path}/checkpoints/step_000010: it was written with other settings: lr (0.1 → 0.2), "
+        "model.settings.layers (None → 4). A run keeps its settings. Set them back, or start a new run with another "
+        "--out."
     )
-    changed = CONFIG.replace("0.1", "0.2").replace("{}", "{rank: 4}")
-    with pytest.raises(
-        CheckpointError, match=r"lr \(0.1 → 0.2\), .*model\.lora\.rank \(None → 4\)\. A run keeps"
-    ) as caught:
-        resumed(tmp_path, config_yaml=changed)
-    assert "steps" not in str(caught.value).partition(": ")[2]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    workers: int = 2
+    rate: float = 1e-5
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NewerModel(ModelSettings):
+    parts: int = 1
+    sharing: Sharing = Sharing(rate=1e-7)
+
+
+@dataclass(frozen=True)
+class Newer(Settings):
+    model: NewerModel = NewerModel(parts=3)
+    more: dict[str, int] = field(default_factory=dict)
+    depth: tuple[float, float] = (0.9, 0.999)
+    threads: int = 0
+
+
+def test_a_text_that_looks_like_something_else_is_the_same_text(tmp_path: Path) -> None:
+    for number, text in enumerate(("2026-13-45", "1:30", "no", "1e-3")):
+        config = Settings(model=ModelSettings(name=text))
+        with begin(tmp_path / str(number), config=config) as checkpoints:
+            checkpoints.save(1, {"actor": Part(1)})
+        assert resumed(tmp_path / str(number), config=config) == (1, 1)
+
+
+def test_a_setting_that_is_newer_than_the_run_had_its_default(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    assert resumed(tmp_path, config=Newer(steps=20, threads=2)) == (10, 10)
+    with begin(tmp_path, config=Newer(steps=20), resume=True) as checkpoints:
+        checkpoints.save(20, {"actor": Part(20)})
+    assert resumed(tmp_path, config=Newer(steps=30)) == (20, 20)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (Newer(depth=(0.9, 0.99)), "depth ([0.9, 0.999] → [0.9, 0.99])"),
+        (Newer(more={"a": 1}), "more.a (None → 1)"),
+        (Newer(model=NewerModel(parts=1)), "model.parts (3 → 1)"),
+        (Newer(model=NewerModel(parts=3, sharing=Sharing())), "model.sharing.rate (1e-07 → 1e-05)"),
+        (Newer(model=NewerModel(parts=3, settings={"a": 1})), "model.settings.a (None → 1)"),
+    ],
+)
+def test_a_newer_setting_with_another_value_than_its_default_is_a_change(
+    tmp_path: Path, config: Newer, said: str
+) -> None:
+    write(tmp_path, 10)
+    with pytest.raises(CheckpointError) as caught:
+        resumed(tmp_path, config=config)
+    assert f"it was written with other settings: {said}. A run keeps" in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Filled(Settings):
+    model: ModelSettings = ModelSettings(settings={"layers": 2})
+
+
+def test_an_entry_of_a_free_mapping_is_not_a_newer_setting(tmp_path: Path) -> None:
+    write(tmp_path, 10)  # with an empty mapping, which the run gave itself
+    with pytest.raises(CheckpointError, match=r"settings: model\.settings\.layers \(None → 2\)\. A run keeps"):
+        resumed(tmp_path, config=Filled())
+    with begin(tmp_path / "other", config=Filled()) as checkpoints:
+        checkpoints.save(1, {"actor": Part()})
+    with pytest.raises(CheckpointError, match=r"settings: model\.settings\.layers \(2 → None\)\. A run keeps"):
+        resumed(tmp_path / "other")
+
+
+@dataclass(frozen=True)
+class Older(Settings):
+    depth: float | None = None
+    name: str = ""
+    tags: tuple[str, ...] = ()
+    free: dict[str, int] = field(default_factory=dict)
+
+
+def test_a_setting_that_is_gone_is_named(tmp_path: Path) -> None:
+    with begin(tmp_path, config=Older(depth=0.5, free={"a": 1}, tags=("x",))) as checkpoints:
+        checkpoints.save(10, {"actor": Part(10)})
+    with pytest.raises(CheckpointError) as caught:
+        resumed(tmp_path, config=Settings(lr=0.2))
+    assert str(caught.value) == (
+        f"{tmp_path}/checkpoints/step_000010: it was written with settings that this recipe does not have: "
+        "depth (0.5), free.a (1), tags ([x]). Resume it with the recipe and the version that wrote it, or start a new "
+        "run with another --out."
+    )
+
+
+def test_a_setting_that_is_gone_and_held_nothing_is_not_missed(tmp_path: Path) -> None:
+    with begin(tmp_path, config=Older()) as checkpoints:
+        checkpoints.save(10, {"actor": Part(10)})
+    assert resumed(tmp_path) == (10, 10)
 
 
 def test_a_part_that_was_not_saved_is_missed(tmp_path: Path) -> None:

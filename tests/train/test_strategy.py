@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from echelon.config import LoraConfig, OptimConfig
+from echelon.config import LoraConfig, OptimConfig, RunConfig
 from echelon.data.candidates import Choice, Options
 from echelon.errors import ConfigError
 from echelon.models import lora
@@ -175,12 +175,12 @@ def test_what_is_saved_goes_on_exactly_where_it_was(tmp_path: Path, adapter: boo
     whole.start_at(0.7, [HERE, NEXT])
     for _ in range(4):
         whole.update(drawn)
-    with Checkpoints(tmp_path / "run", config_yaml="{}") as checkpoints:
+    with Checkpoints(tmp_path / "run", config=RunConfig(out="r")) as checkpoints:
         checkpoints.save(4, whole.parts())
     folder = find_checkpoint(tmp_path / "run", "strategist")
     assert read_description(folder) == (whole.online.reading, MENU)
     resumed = opened()
-    with Checkpoints(tmp_path / "run", config_yaml="{}", resume=True) as checkpoints:
+    with Checkpoints(tmp_path / "run", config=RunConfig(out="r"), resume=True) as checkpoints:
         assert checkpoints.restore(resumed.parts())[0] == 4
     for _ in range(4):
         assert resumed.update(drawn) == whole.update(drawn)
