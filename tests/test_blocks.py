@@ -38,7 +38,7 @@ OPENING = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\n(?P<body>.*?)^ *```"
 MARKER = re.compile(r"<!-- needs [^>]+ -->\s*\Z")
 QUOTED = re.compile(r"From \[`[\w.]+`\]\([^)]+\)[^`]*\Z")
 """What stands before a block that another test compares with its file."""
-COMMANDS = ("echelon", "make", "python", "pip", "torchrun", "accelerate", "for", "OMP_NUM_THREADS=1")
+COMMANDS = ("echelon", "make", "python", "pip", "torchrun", "accelerate", "for", "mkdir", "chromium", "OMP_NUM_THREADS=1", "VLLM_SERVER")
 """How the first line of a block of commands begins."""
 ELSEWHERE = re.compile(r"\b(launch|torchrun|accelerate|quantization|vllm)\b")
 """What a machine with one CPU does not have."""
