@@ -9,7 +9,6 @@ import io
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -41,7 +40,7 @@ ALSO = {
     "feedback": "--solver.sampling.max-tokens 8 --coach.sampling.max-tokens 8",
     "grpo": PLAYER,
     "ppo": PLAYER,
-    "quickstart": "--games 32 --copying-steps 2 --steps 2 --episodes-per-step 32 --eval-episodes 2 --hidden 32 --layers 1",
+    "quickstart": "--games 32 --copying-steps 2 --steps 2 --episodes-per-step 32 --eval-episodes 2 --hidden 32",
     "rank": f"{PLAYER} --ranker-updates 1 --ranker-batch 4",
     "responder": f"{PLAYER} {REPLIES}",
     "tosca": f"{PLAYER} {REPLIES}",
@@ -110,8 +109,8 @@ FILES = {
     "HuggingFaceH4/ultrafeedback_binarized/test_prefs.jsonl": PAIRS.replace("What is", "Say what is"),
     "turns.jsonl": rows(*TURNS),
     "transitions.jsonl": rows(*DECISIONS),
-    "rewards.py": "def correct(completions, answer):\n    return [float(a in c) for c, a in zip(completions, answer)]\n",
-    "file.py": "def short(completions):\n    return [float(len(text) < 9) for text in completions]\n\n\npolite = short\n",
+    "rewards.py": "def correct(completions, answer):\n    return [float(a in c) for a, c in zip(answer, completions)]",
+    "file.py": "def short(completions):\n    return [float(len(text) < 9) for text in completions]\n\npolite = short\n",
     "tasks.yaml": yaml.safe_dump({**TASKS, "score_fn": PYTHON}),
     "questions.txt": "What is 1 + 2?\nAnd now?\n",
 }
