@@ -1,9 +1,10 @@
 """A language model as a controller in Gymnasium: it imitates a mediocre player, then learns from the return.
 
-Every step is a prompt of numbers, every answer an action. `python examples/gymnasium_controller.py` takes minutes of a
-CPU: CartPole in whole numbers from 0 to 99, for a model that begins with random weights. After 1,500 steps of
-imitation, where this has 600, the same PPO went from a return of 110 to 499 of 500. Another environment needs another
-`env_id`, and data: of a scripted or learned expert, or of a Minari data set (docs/data.md).
+Every step is a prompt of numbers, every answer an action. `python examples/gymnasium_controller.py` took twelve minutes
+of a CPU: CartPole in whole numbers from 0 to 29, for a model that begins with random weights. The player it imitates
+has a mean return of 106; in 100 test episodes each it had 94 (82 to 108) after imitation and 499.9 of 500 after PPO
+(one seed). Another environment needs another `env_id`, and data: of a scripted or learned expert, or of a Minari data
+set (docs/data.md).
 """
 
 import json

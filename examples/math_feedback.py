@@ -1,8 +1,8 @@
 """Feedback for mathematics: a coach says where the mistake is, the solver tries again, and both learn from the verdict.
 
-`python examples/math_feedback.py` makes two tiny levels for sums (arithmetic.py tells how) and trains them: six minutes
-of a CPU, in which the attempts right after a remark went from 35 % to 84 % (one seed, the commands typed one by one).
-With a model and problems of yours, both levels start as that model and math-verify is the judge:
+`python examples/math_feedback.py` makes two tiny levels for sums (arithmetic.py tells how) and trains them: four
+minutes of a CPU, in which the attempts right after a remark went from 36 % in the first step to 67 % in the last (one
+seed). With a model and problems of yours, both levels start as that model and math-verify is the judge:
 
     python examples/math_feedback.py --model Qwen/Qwen3-0.6B --problems gsm8k-train.jsonl --out runs/gsm8k
 """

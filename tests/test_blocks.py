@@ -1,7 +1,6 @@
-"""Blocks of code in the documentation: Python runs, JSON and YAML parse, and commands resolve their settings.
+"""Blocks of code in the documentation: Python runs, JSON and YAML parse. Commands are run by `test_commands.py`.
 
-A command goes through the real command line up to the moment at which its recipe would begin; other lines name files,
-targets, extras and flags that exist. What needs hardware or other machines carries a marker, `<!-- needs … -->`.
+What needs more than a machine with a CPU and the extras of development carries a marker, `<!-- needs … -->`.
 """
 
 from __future__ import annotations
@@ -10,12 +9,11 @@ import ast
 import asyncio
 import builtins
 import importlib
+import importlib.util
 import inspect
 import json
 import re
-import shlex
 import shutil
-import subprocess
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,17 +29,14 @@ from echelon import cli
 from echelon.envs import load_env
 from echelon.envs.players import corpus
 from echelon.models.lm import tiny
-from echelon.train.launcher import _parse
 from tests.test_docs import PAGES, ROOT, names_in
 
 OPENING = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\n(?P<body>.*?)^ *```", re.MULTILINE | re.DOTALL)
 MARKER = re.compile(r"<!-- needs [^>]+ -->\s*\Z")
 QUOTED = re.compile(r"From \[`[\w.]+`\]\([^)]+\)[^`]*\Z")
 """What stands before a block that another test compares with its file."""
-COMMANDS = ("echelon", "make", "python", "pip", "torchrun", "accelerate", "for", "OMP_NUM_THREADS=1")
+COMMANDS = ("echelon", "make", "mkdir", "python", "pip", "torchrun", "accelerate", "chromium", "for", "OMP_", "VLLM_")
 """How the first line of a block of commands begins."""
-ELSEWHERE = re.compile(r"\b(launch|torchrun|accelerate|quantization|vllm)\b")
-"""What a machine with one CPU does not have."""
 
 
 @dataclass(frozen=True)
@@ -95,54 +90,7 @@ def test_yaml_parses(block: Block) -> None:
     assert isinstance(yaml.safe_load(block.text), dict)
 
 
-# Commands
-
-
-@every("shell")
-def test_a_block_that_needs_more_than_a_cpu_says_so(block: Block) -> None:
-    needs = [line for line in block.text.splitlines() if ELSEWHERE.search(line) and "# on a GPU" not in line]
-    assert block.marked or not needs, "put <!-- needs … --> before the block"
-
-
-@every("shell")
-def test_the_shell_can_read_it(block: Block) -> None:
-    said = re.sub(r"<[\w ]+>", "PLACE", block.text)
-    done = subprocess.run(["bash", "-n"], input=said, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def simple_commands(text: str) -> Iterator[list[str]]:
-    """The words of every simple command, without redirections, assignments and `do`."""
-    joined = re.sub(r"<[\w ]+>", "PLACE", text.replace("\\\n", " ")).replace("$seed", "0")
-    for line in joined.splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-        lexer.whitespace_split = True
-        words: list[str] = []
-        for word in [*lexer, ";"]:
-            if set(word) <= set("|;&"):
-                yield words
-                words = []
-            else:
-                words.append(word)
-
-
-def cut(words: list[str]) -> list[str]:
-    """Without what stands before and after the command itself."""
-    while words and (words[0] == "do" or re.fullmatch(r"[A-Z_]+=\S*", words[0])):
-        words = words[1:]
-    ends = [place for place, word in enumerate(words) if word in ("<", ">", ">>")]
-    return words[: ends[0]] if ends else words
-
-
-RECIPES = cli.recipes()
-MODEL, PLAY = "model: {path: m}\n", "model: {path: m}\nenv: twenty_questions\n"
-FILES = {
-    "settings.yaml": {"sft": f"{MODEL}data: {{path: [d]}}\n", "tosca": "responder: {path: m}\nenv: dialogue\n"},
-    "runs/quickstart/archer.yaml": {},
-    "runs/arithmetic/solver.yaml": {"sft": f"{MODEL}data: {{path: [d]}}\nout: o\n"},
-    "runs/arithmetic/coach.yaml": {"sft": f"{MODEL}data: {{path: [d]}}\nout: o\n"},
-}
-"""Settings files of the reader's: what is in them, by recipe; a model and a game where nothing is said."""
+# Python
 
 
 @pytest.fixture
@@ -151,106 +99,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("echelon.config.need", lambda module, extra: None)  # trackers are as good as installed
-    monkeypatch.setattr(cli, "recipes", lambda package="": RECIPES)  # read once: they are parsed each time
     return tmp_path
-
-
-@every("shell")
-def test_commands_are_accepted(block: Block, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    checked = 0
-    for words in map(cut, simple_commands(block.text)):
-        if not words or words[0] in ("for", "done"):
-            continue
-        name = Path(words[0]).name
-        assert name in CHECKS, f"nothing checks {words[0]}"
-        wrong = CHECKS[name](words[1:], desk, monkeypatch)
-        assert not wrong, f"{shlex.join(words)}: {wrong or ''} {capsys.readouterr().err}"
-        checked += 1
-    assert checked
-
-
-def wrong_recipe(words: list[str], desk: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Resolve the settings of `echelon <words>` and stop where the recipe would begin."""
-    if words[0] == "launch":
-        words = _parse(words[1:])[1]
-    began: list[object] = []
-    if (recipe := words[0]) in cli.recipes():
-        module = importlib.import_module(f"echelon.recipes.{recipe.replace('-', '_')}")
-        monkeypatch.setattr(module, "main", began.append)
-        for file in FILES.keys() & set(words):
-            (desk / file).parent.mkdir(parents=True, exist_ok=True)
-            (desk / file).write_text(FILES[file].get(recipe, PLAY))
-    status = cli.main(words)
-    done = bool(began) or "--help" in words or recipe in ("list", "doctor", "completion")
-    fits = (0, 1) if recipe == "doctor" else (0,)  # 1: it looked, and this machine does not have all that is asked for
-    return "" if status in fits and done else f"status {status}"
-
-
-def wrong_make(words: list[str], *_: object) -> str:
-    targets = [word for word in words if "=" not in word]
-    known = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    return "" if set(targets) <= set(known) else "there is no such target"
-
-
-def wrong_pip(words: list[str], *_: object) -> str:
-    extras = {extra for word in words for found in re.findall(r"\[([\w,]+)\]", word) for extra in found.split(",")}
-    return "" if words[0] in ("install", "uninstall") and extras <= cli.EXTRAS.keys() else "there is no such extra"
-
-
-def wrong_python(words: list[str], desk: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    if words[:2] == ["-m", "echelon"]:
-        return wrong_recipe(words[2:], desk, monkeypatch)
-    if words[:2] in (["-m", "pytest"], ["-m", "venv"]):
-        files = [word for word in words[2:] if word.endswith(".py")]
-        return "" if all((ROOT / file).is_file() for file in files) else "there is no such file"
-    if words[0] == "-m":
-        file = ROOT / f"{words[1].replace('.', '/')}.py"
-        return "" if file.is_file() and "main" in names_in(file) else "there is no such module"
-    file = ROOT / words[0]
-    flags = [word for word in words[1:] if word.startswith("--")]
-    text = file.read_text() if file.is_file() else ""
-    takes = [flag in text or flag[2:].replace("-", "_") in text for flag in flags]
-    return "" if text and all(takes) else "there is no such script or flag"
-
-
-def wrong_batch(words: list[str], *_: object) -> str:
-    return "" if (ROOT / words[0]).is_file() else "there is no such file"
-
-
-def wrong_launcher(words: list[str], desk: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    return wrong_python(words[words.index("-m") :], desk, monkeypatch)
-
-
-CHECKS: dict[str, Callable[[list[str], Path, pytest.MonkeyPatch], str]] = {
-    "echelon": wrong_recipe,
-    "make": wrong_make,
-    "pip": wrong_pip,
-    "python": wrong_python,
-    "torchrun": wrong_launcher,
-    "accelerate": wrong_launcher,
-    "sbatch": wrong_batch,
-}
-
-
-@pytest.mark.parametrize(
-    ("line", "wrong"),
-    [
-        ("echelon grpo settings.yaml --group-size 1 --out x", "status 2"),
-        ("echelon grppo settings.yaml", "status 2"),
-        ("make everything", "there is no such target"),
-        ("pip install 'echelon[everything]'", "there is no such extra"),
-        ("python examples/nothing.py", "there is no such script or flag"),
-        ("python examples/arithmetic.py --speed 3", "there is no such script or flag"),
-        ("torchrun --nproc-per-node 2 -m echelon grpo settings.yaml --out x --steps none", "status 2"),
-    ],
-)
-def test_a_wrong_command_is_found(line: str, wrong: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (words,) = filter(None, simple_commands(line))
-    assert CHECKS[words[0]](words[1:], desk, monkeypatch) == wrong
-
-
-# Python
 
 
 @cache
@@ -308,7 +157,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny model that knows the words of a game."""
     folder = tmp_path_factory.mktemp("tiny")
     texts = corpus(load_env("guess_number", {"high": 10}))
-    module, tokenizer = tiny(texts, vocab_size=300, hidden=32, layers=1, heads=2)
+    module, tokenizer = tiny(texts, vocab_size=300, hidden=64, layers=1, heads=2)  # heads as wide as vLLM wants them
     module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -397,11 +246,19 @@ PROVIDED: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-@every("python")
+NEEDS_VLLM = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+]
+RUN = [
+    pytest.param(block, marks=NEEDS_VLLM if block.marked else [], id=str(block))
+    for block in ALL
+    if block.language == "python" and not block.quoted
+]
+
+
+@pytest.mark.parametrize("block", RUN)
 def test_python_runs(block: Block, desk: Path, model: Path) -> None:
-    if block.marked or block.quoted:
-        ast.parse(block.text)
-        return
     given = provided(block.page, model)
     after = run(block, given if "class CountDown" not in block.text else {})
     if check := SAYS.get((block.page, block.text.splitlines()[0])):
