@@ -25,7 +25,7 @@ from echelon.config import ServerConfig
 from echelon.errors import ConfigError, DataError, RolloutError, need
 from echelon.models import lora
 from echelon.models.lm import first_line
-from echelon.sampling.copied import check_copyable, within
+from echelon.sampling.copied import check_alone, check_copyable, within
 from echelon.sampling.ends import cut
 from echelon.sampling.vllm_engine import check_length, drawing, logprobs_of, settings
 from echelon.text.endpoint import trust
@@ -57,6 +57,7 @@ class ServedSampler:
     ) -> None:
         need("httpx2", "endpoint")
         check_copyable(module, "server")
+        check_alone("server")
         self.module, self.tokenizer, self.server = module, tokenizer, server
         self.version = version
         self.longest = within(module, longest)

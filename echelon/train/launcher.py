@@ -1,5 +1,5 @@
-"""Starts the ranks of a run with torch's elastic launcher, and says in one line how they ended; or one process whose
-rollouts are drawn by workers of Ray.
+"""Starts the ranks of a run with torch's elastic launcher, and says in one line how they ended; or one process, where
+workers of Ray draw the rollouts and no ranks are asked for.
 
 Knows processes; knows nothing of what they train.
 """
@@ -19,7 +19,7 @@ from echelon.train.dist import LAUNCHED_BY_US
 
 USAGE = (
     "echelon launch [--nproc N] [--nnodes N --rendezvous HOST:PORT] <recipe> [file.yaml ...] [--key value ...], or "
-    "echelon launch --on ray [--rollout-workers N] <recipe> [file.yaml ...] [--key value ...]"
+    "echelon launch --on ray [--rollout-workers N] [--nproc N ...] <recipe> [file.yaml ...] [--key value ...]"
 )
 
 
@@ -31,12 +31,13 @@ def launch(words: Sequence[str]) -> int:
     """Run a recipe on several ranks and return the exit status: 0, or that of the rank that ended the job.
 
     Without `--nproc`, one rank per GPU of this machine, or one. On several machines every one runs the same command,
-    with `--nnodes` and the address of one of them (`--rendezvous`). With `--on ray` this process becomes the recipe's,
-    and does not return. Raises ConfigError for words that cannot be meant so, RankEnded for a rank that was killed.
+    with `--nnodes` and the address of one of them (`--rendezvous`). With `--on ray` and no ranks asked for, this process
+    becomes the recipe's, and does not return. Raises ConfigError for words that cannot be meant so, RankEnded for a rank that was killed.
     """
     asked, recipe = _parse(words)
     if asked.on:
         need("ray", "ray")
+    if asked.on and asked.nproc == 0:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-m", "echelon", *recipe])
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -73,25 +74,23 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     asked = parser.parse_args(list(words[:split]))
     if split == len(words):
         raise ConfigError(f"launch: no recipe to run. {USAGE}")
-    if asked.on or asked.rollout_workers is not None:
-        return asked, [*words[split:], *_on_ray(asked)]
+    if asked.rollout_workers is not None and not asked.on:
+        raise ConfigError("launch: --rollout-workers are workers of Ray. Give --on ray too.")
+    recipe = [*words[split:], *_on_ray(asked)]
+    if asked.on and (asked.nproc, asked.nnodes, asked.rendezvous) == (0, 1, ""):
+        return asked, recipe
     asked.nproc = asked.nproc or _accelerators()
     if asked.nproc < 1 or asked.nnodes < 1:
         raise ConfigError("launch: --nproc and --nnodes count ranks and machines. Give 1 or more.")
     if asked.nnodes > 1 and not asked.rendezvous:
         raise ConfigError("launch: --nnodes is more than 1 and machines must meet. Give --rendezvous HOST:PORT.")
-    return asked, list(words[split:])
+    return asked, recipe
 
 
 def _on_ray(asked: argparse.Namespace) -> list[str]:
     """Flags by which a recipe has its rollouts drawn by workers of Ray."""
     if not asked.on:
-        raise ConfigError("launch: --rollout-workers are workers of Ray. Give --on ray too.")
-    if asked.nproc or asked.nnodes > 1 or asked.rendezvous:
-        raise ConfigError(
-            "launch: --on ray: one process learns and asks the workers, so there are no ranks. Leave out --nproc, "
-            "--nnodes and --rendezvous, or --on ray."
-        )
+        return []
     several = [] if asked.rollout_workers is None else ["--rollout-workers", str(asked.rollout_workers)]
     return ["--sampler", "ray", *several]
 

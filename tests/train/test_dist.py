@@ -112,7 +112,8 @@ def test_what_the_launcher_reads_and_what_it_hands_on(words: str, expected: tupl
         ("--nproc -1 sft", "count ranks and machines"),
         ("--nnodes 2 sft", "Give --rendezvous HOST:PORT"),
         ("--rollout-workers 2 sft", "workers of Ray. Give --on ray too"),
-        ("--on ray --nproc 2 sft", "one process learns and asks the workers, so there are no ranks"),
+        ("--on ray --nproc -1 sft", "count ranks and machines"),
+        ("--on ray --nnodes 2 sft", "Give --rendezvous HOST:PORT"),
         ("--on kubernetes sft", "invalid choice: 'kubernetes'"),
         ("--nprocs 2 sft", "unrecognized arguments: --nprocs"),
     ],
@@ -126,6 +127,12 @@ def test_a_launch_on_ray_is_the_recipe_with_that_sampler() -> None:
     words = ["--on", "ray", "--rollout-workers", "3", "grpo", "a.yaml", "--steps", "2"]
     assert _parse(words)[1] == ["grpo", "a.yaml", "--steps", "2", "--sampler", "ray", "--rollout-workers", "3"]
     assert _parse(["--on", "ray", "sft"])[1] == ["sft", "--sampler", "ray"]
+
+
+def test_a_launch_on_ray_has_the_ranks_that_it_is_asked_for() -> None:
+    asked, recipe = _parse(["--on", "ray", "--nproc", "2", "--rollout-workers", "4", "grpo"])
+    assert (asked.nproc, recipe) == (2, ["grpo", "--sampler", "ray", "--rollout-workers", "4"])
+    assert _parse(["--on", "ray", "grpo"])[0].nproc == 0, "one process, which is not launched"
 
 
 class Failure:
