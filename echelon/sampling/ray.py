@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import platform
 import re
+import signal
 import sys
 import threading
 import time
@@ -27,7 +29,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from echelon.config import RayConfig
+from echelon.config import RESERVED, RayConfig
 from echelon.errors import ConfigError, EchelonError, RolloutError, need
 from echelon.models import lora
 from echelon.models.lm import first_line
@@ -264,7 +266,7 @@ class Pool:
                 num_gpus=said.gpus,
                 max_restarts=0,
                 max_concurrency=2 * said.in_flight + 8,
-                scheduling_strategy="SPREAD",
+                scheduling_strategy=_place(said),
             )
             .remote(said)
         )
@@ -472,10 +474,11 @@ def _connect(settings: RayConfig) -> None:
     address = _address(settings)
     said = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        if address:
-            ray.init(address, **said)
-        else:
-            _start_or_join(said)
+        with _same_end():
+            if address:
+                ray.init(address, **said)
+            else:
+                _start_or_join(said)
     except Exception as error:  # of many kinds, plain ones among them
         told = f"address = {address}: Ray is not to be reached there" if address else "workers: Ray does not start"
         raise ConfigError(
@@ -511,6 +514,17 @@ def _start_or_join(said: dict[str, Any]) -> None:
 
 
 @contextmanager
+def _same_end() -> Iterator[None]:
+    """SIGTERM ends this process as it did before, without a word: Ray would have it print where it was."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _without_rank() -> Iterator[None]:
     """Processes that are started within know nothing of this one being a rank."""
     told = {name: os.environ.pop(name) for name in [*os.environ] if RANK.fullmatch(name)}
@@ -539,6 +553,16 @@ def _check(module: nn.Module) -> None:
             f"sampling.sampler = ray: {type(module).__name__} is code from the model's folder, which workers do not "
             "have. Use --sampler local."
         )
+
+
+def _place(settings: RayConfig) -> Any:
+    """Where workers go: to what is reserved for them, else far from each other."""
+    group = json.loads(os.environ.get(RESERVED, "{}")).get(repr(settings))
+    if group is None:
+        return "SPREAD"
+    ray = need("ray", "ray")
+    reserved = need("ray.util.placement_group", "ray").PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group)))
+    return ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(reserved)
 
 
 def _address(settings: RayConfig) -> str:

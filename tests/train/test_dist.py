@@ -135,17 +135,13 @@ def test_a_launch_on_ray_has_the_ranks_that_it_is_asked_for() -> None:
     assert _parse(["--on", "ray", "grpo"])[0].nproc == 0, "one process, which is not launched"
 
 
-class Failure:
-    def __init__(self, exitcode: int) -> None:
-        self.exitcode = exitcode
-
-
 def test_the_rank_that_was_killed_is_named_not_those_stopped_because_of_it() -> None:
     with pytest.raises(Exception, match=r"^rank 1 was ended by SIGKILL, so the others were stopped\..* --resume"):
-        _ended({0: Failure(-15), 1: Failure(-9)})
+        _ended({0: -15, 1: -9})
     with pytest.raises(Exception, match=r"^rank 1 was ended by SIGKILL"):
-        _ended({0: Failure(2), 1: Failure(-9)})
-    assert _ended({0: Failure(-15), 1: Failure(2)}) == 2
+        _ended({0: 2, 1: -9})
+    assert _ended({0: -15, 1: 2}) == 2
+    assert _ended({}) == 0
 
 
 @pytest.mark.parametrize(
