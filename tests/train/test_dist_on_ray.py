@@ -1,4 +1,7 @@
-"""Two ranks whose rollouts are drawn by workers of Ray: the files of one process, and a rank that dies."""
+"""Two ranks whose rollouts are drawn by workers of Ray: the files of one process, and a rank that dies.
+
+They are started by torch's launcher, and the last ones on a cluster of two machines.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +22,7 @@ from echelon.config import RayConfig, SamplingConfig
 from echelon.envs import load_env
 from echelon.errors import ConfigError
 from echelon.rollout.setup import open_sampler
+from echelon.train import launcher, on_ray
 from tests.recipes.conftest import GAME, made
 from tests.sampling.test_ray import small
 from tests.train import recipes_together
@@ -120,3 +126,137 @@ def test_workers_that_ranks_cannot_share_out_are_refused(monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=rf"^sampling\.ray\.workers = {workers}: each of 2 ranks .*multiple of it\.$"):
         open_sampler(*small(), SamplingConfig(sampler="ray", ray=RayConfig(workers=workers)))
+
+
+def test_the_cluster_that_settings_or_the_environment_name_is_where_ranks_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    load = partial(cli._load, package="echelon.recipes")
+    words = ["feedback", "--solver.model.path", "m", "--env", "maze", "--out", "o", "--sampler", "ray"]
+    assert launcher._cluster(load(words)) is None
+    other = ["--coach.sampling.ray.address", "far:1", "--coach.sampling.ray.workers", "4"]
+    assert launcher._cluster(load([*words, *other])) == ("far:1", [RayConfig(workers=4, address="far:1")])
+    monkeypatch.setenv("RAY_ADDRESS", "near:2")
+    assert launcher._cluster(load(words)) == ("near:2", [RayConfig()])
+    assert launcher._cluster(load([*words, "--sampler", "local"])) is None
+
+
+def test_ranks_of_a_machine_are_in_a_row_and_see_each_others_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [on_ray.Here(f"node{n % 2}", f"10.0.0.{n % 2}", 100 + n, (str(n // 2),)) for n in range(4)]
+    monkeypatch.setattr("ray.get", lambda found: found)
+
+    class Named:
+        def __init__(self, number: int) -> None:
+            self.number, self.where = number, self
+
+        def remote(self) -> on_ray.Here:
+            return told[self.number]
+
+    hosts, variables = on_ray._ranked([Named(number) for number in range(4)], {"RAY_ADDRESS": "far:1"})
+    assert [host.number for host in hosts] == [0, 2, 1, 3]
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
+    assert [[each[name] for name in names] for each in variables] == [
+        ["0", "0", "2", "4", "0,1"],
+        ["1", "1", "2", "4", "0,1"],
+        ["2", "0", "2", "4", "0,1"],
+        ["3", "1", "2", "4", "0,1"],
+    ]
+    assert {(each["MASTER_ADDR"], each["MASTER_PORT"], each["RAY_ADDRESS"]) for each in variables} == {
+        ("10.0.0.0", "100", "far:1")
+    }
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster of two machines with two cores each: two ranks and two workers fill it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    room = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=room | {"include_dashboard": False})
+    cluster.add_node(**room)
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster.address
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def launched(address: str, *words: str, marked: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """`echelon launch` of these words on two ranks of a cluster, to its end."""
+    command = [sys.executable, "-m", "echelon", "launch", "--on", "ray", "--nproc", "2", *words]
+    told = around(marked, RAY_ADDRESS=address, **more)
+    return subprocess.run(command, env=told, capture_output=True, text=True, timeout=600)
+
+
+def all_free() -> bool:
+    """Whether all cores of the cluster are free again, within half a minute."""
+    import ray
+
+    until = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != 4.0:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+@pytest.mark.slow
+def test_ranks_on_two_machines_of_a_cluster_log_what_one_process_does(
+    model: list[str], cluster: str, tmp_path: Path
+) -> None:
+    words = [*GRPO, *model, "--out"]
+    done = launched(cluster, *words, str(tmp_path / "two"), *FSDP, marked=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("grpo 1/2") == 1
+    assert left(tmp_path) == []
+    assert all_free()
+    assert cli.main([*words, str(tmp_path / "one")]) == 0
+    same(rows(tmp_path / "two"), rows(tmp_path / "one"), 1e-4)
+
+
+@pytest.mark.slow
+def test_what_a_cluster_lacks_is_said_in_one_line(model: list[str], cluster: str, tmp_path: Path) -> None:
+    words = [*GRPO, *model, "--sampling.ray.timeout", "1", "--out", str(tmp_path / "run")]
+    done = launched(cluster, "--rollout-workers", "4", *words, marked=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "launch: no room within 1 s: 2 ranks and 4 workers ask for 6 CPUs where the cluster has 4 and 0 GPUs where the "
+        "cluster has 0. Ask for less with --nproc, --rollout-workers or sampling.ray, or add machines.\n"
+    )
+    assert all_free()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_on_a_cluster_ends_the_job_in_one_line(
+    model: list[str], cluster: str, tmp_path: Path
+) -> None:
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    words = [*GRPO, *model, "--reward", f"{tmp_path / 'deadly.py'}:reward", "--save-every", "1"]
+    words += ["--out", str(tmp_path / "run")]
+    done = launched(cluster, *words, marked=tmp_path, DEADLY="1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "rank 1 was ended by SIGKILL, so the others were stopped. Start the same command again with --resume; it goes "
+        "on from the newest whole checkpoint."
+    ]
+    assert left(tmp_path) == []
+    assert all_free()
+    done = launched(cluster, *words, "--resume", marked=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1]
+
+
+@pytest.mark.slow
+def test_when_the_launcher_is_killed_its_ranks_and_their_workers_end(
+    model: list[str], cluster: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "echelon", "launch", "--on", "ray", "--nproc", "2", *GRPO, *model]
+    command += ["--steps", "100000", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, env=around(tmp_path, RAY_ADDRESS=cluster), stdout=subprocess.DEVNULL) as running:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert running.poll() is None
+            time.sleep(0.2)
+        running.kill()
+    assert left(tmp_path) == []
+    assert all_free()
