@@ -43,7 +43,7 @@ also
   echelon launch --nproc N <recipe> ...
                               a recipe on several ranks that train together
   echelon launch --on ray --rollout-workers N <recipe> ...
-                              a recipe whose rollouts are drawn by workers of Ray
+                              a recipe whose rollouts are drawn by workers of Ray; with --nproc, on several ranks
   echelon list                the recipes
   echelon doctor [recipe] [file.yaml ...] [--key value ...] [--json]
                               what this machine has, what settings need of it, and what cannot work
@@ -94,15 +94,17 @@ examples
   echelon doctor --json                                   for a program""",
     "launch": """\
 usage: echelon launch [--nproc N] [--nnodes N --rendezvous HOST:PORT] <recipe> [file.yaml ...] [--key value ...]
-       echelon launch --on ray [--rollout-workers N] <recipe> [file.yaml ...] [--key value ...]
+       echelon launch --on ray [--rollout-workers N] [--nproc N] <recipe> [file.yaml ...] [--key value ...]
 
 A recipe on several ranks that train together: without --nproc, one for each GPU of this machine. On several machines
-every one runs the same command. Or a recipe whose rollouts are drawn by workers of Ray.
+every one runs the same command. Or a recipe whose rollouts are drawn by workers of Ray: in one process, with --nproc on
+several ranks, which start on the machines of the cluster that sampling.ray.address or RAY_ADDRESS names.
 
 examples
   echelon launch --nproc 2 grpo settings.yaml --out runs/grpo
   echelon launch --nnodes 2 --nproc 8 --rendezvous first:29500 grpo settings.yaml --out /shared/grpo
-  echelon launch --on ray --rollout-workers 4 grpo settings.yaml --out runs/grpo""",
+  echelon launch --on ray --rollout-workers 4 grpo settings.yaml --out runs/grpo
+  echelon launch --on ray --nproc 2 --rollout-workers 4 grpo settings.yaml --out runs/grpo""",
     "completion": """\
 usage: echelon completion {bash,zsh,tcsh,fish}
 

@@ -115,8 +115,8 @@ class RayConfig:
     """Engines in processes of their own, on this machine or on others, that draw for `sampler = ray`."""
 
     workers: int = 2
-    """How many there are, for all levels whose settings of them are the same: each holds the models of all. On the
-    command line, `--rollout-workers` says it for all levels."""
+    """How many there are, for all levels whose settings of them are the same: each holds the models of all. Several
+    ranks have as many each. On the command line, `--rollout-workers` says it for all levels."""
     engine: Literal["local", "vllm"] = "local"
     """What each of them runs."""
     address: str = ""

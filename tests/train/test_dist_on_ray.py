@@ -37,7 +37,7 @@ pytestmark = [
 GRPO = ["grpo", *PLAYS, "--tasks-per-step", "2", "--group-size", "4"]
 ARCHER = ["archer", *PLAYS, "--episodes-per-step", "6", "--warmup-steps", "1", "--critic-updates", "2"]
 DEADLY = """
-import os, signal
+import os, signal, time
 
 calls = []
 
@@ -45,7 +45,8 @@ calls = []
 def reward(completions, **_):
     calls.append(1)
     if os.environ.get("RANK") == os.environ.get("DEADLY") and len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getppid() if "WITH_HOST" in os.environ else os.getpid(), signal.SIGKILL)
+        time.sleep(60)
     return [float(len(text)) for text in completions]
 """
 
@@ -228,18 +229,26 @@ def test_what_a_cluster_lacks_is_said_in_one_line(model: list[str], cluster: str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        pytest.param({}, "rank 1 was ended by SIGKILL, so", id="itself"),
+        pytest.param({"WITH_HOST": "1"}, "rank 1 is gone (The actor died", id="with-its-host"),
+    ],
+)
 def test_a_rank_that_is_killed_on_a_cluster_ends_the_job_in_one_line(
-    model: list[str], cluster: str, tmp_path: Path
+    model: list[str], cluster: str, tmp_path: Path, more: dict[str, str], line: str
 ) -> None:
     (tmp_path / "deadly.py").write_text(DEADLY)
     words = [*GRPO, *model, "--reward", f"{tmp_path / 'deadly.py'}:reward", "--save-every", "1"]
     words += ["--out", str(tmp_path / "run")]
-    done = launched(cluster, *words, marked=tmp_path, DEADLY="1")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "rank 1 was ended by SIGKILL, so the others were stopped. Start the same command again with --resume; it goes "
-        "on from the newest whole checkpoint."
-    ]
+    done = launched(cluster, *words, marked=tmp_path, DEADLY="1", **more)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith(line)
+    assert done.stderr.endswith(
+        "so the others were stopped. Start the same command again with --resume; it goes on from the newest whole "
+        "checkpoint.\n"
+    )
     assert left(tmp_path) == []
     assert all_free()
     done = launched(cluster, *words, "--resume", marked=tmp_path)
