@@ -14,6 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ also
   echelon launch --nproc N <recipe> ...
                               a recipe on several ranks that train together
   echelon launch --on ray --rollout-workers N <recipe> ...
-                              a recipe whose rollouts are drawn by workers of Ray
+                              a recipe whose rollouts are drawn by workers of Ray; with --nproc, on several ranks
   echelon list                the recipes
   echelon doctor [recipe] [file.yaml ...] [--key value ...] [--json]
                               what this machine has, what settings need of it, and what cannot work
@@ -93,15 +94,17 @@ examples
   echelon doctor --json                                   for a program""",
     "launch": """\
 usage: echelon launch [--nproc N] [--nnodes N --rendezvous HOST:PORT] <recipe> [file.yaml ...] [--key value ...]
-       echelon launch --on ray [--rollout-workers N] <recipe> [file.yaml ...] [--key value ...]
+       echelon launch --on ray [--rollout-workers N] [--nproc N] <recipe> [file.yaml ...] [--key value ...]
 
 A recipe on several ranks that train together: without --nproc, one for each GPU of this machine. On several machines
-every one runs the same command. Or a recipe whose rollouts are drawn by workers of Ray.
+every one runs the same command. Or a recipe whose rollouts are drawn by workers of Ray: in one process, with --nproc on
+several ranks, which start on the machines of the cluster that sampling.ray.address or RAY_ADDRESS names.
 
 examples
   echelon launch --nproc 2 grpo settings.yaml --out runs/grpo
   echelon launch --nnodes 2 --nproc 8 --rendezvous first:29500 grpo settings.yaml --out /shared/grpo
-  echelon launch --on ray --rollout-workers 4 grpo settings.yaml --out runs/grpo""",
+  echelon launch --on ray --rollout-workers 4 grpo settings.yaml --out runs/grpo
+  echelon launch --on ray --nproc 2 --rollout-workers 4 grpo settings.yaml --out runs/grpo""",
     "completion": """\
 usage: echelon completion {bash,zsh,tcsh,fish}
 
@@ -190,7 +193,8 @@ def _dispatch(words: list[str], package: str) -> int:
     elif command == "completion":
         print(_completion(rest[0] if rest else "", package))
     elif command == "launch":
-        return importlib.import_module("echelon.train.launcher").launch(rest)  # type: ignore[no-any-return]
+        launch, load = importlib.import_module("echelon.train.launcher").launch, partial(_load, package=package)
+        return launch(rest, load)  # type: ignore[no-any-return]
     elif command.startswith("-"):
         raise ConfigError(f"unknown flag '{command}'. The recipe comes first: echelon <recipe> {' '.join(words)}")
     else:
@@ -206,26 +210,45 @@ def _doctor(words: list[str], package: str) -> int:
 
 def _run(recipe: str, words: list[str], package: str) -> None:
     """Resolve the recipe's settings from files, which come first, and flags; then run it."""
+    module = _module(recipe, package)
+    if "--help" in words or "-h" in words:
+        _explain(recipe, module)
+        return
+    files, flags = _files_and_flags(module, words)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun and others like it set them
+        _run_rank(recipe, module, files, flags)
+    else:
+        from echelon.config import loading
+
+        module.main(loading.load(module.Config, files, flags))
+
+
+def _module(recipe: str, package: str) -> Any:
+    """The module of a recipe. Raises ConfigError where there is none of that name."""
     known = recipes(package)
     if recipe not in known:
         meant = did_you_mean(recipe, [*known, "list", "doctor", "launch", "completion"])
         raise ConfigError(f"unknown recipe '{recipe}'.{meant} There are: {', '.join(known)}.")
-    from echelon.config import loading
+    return importlib.import_module(f"{package}.{recipe.replace('-', '_')}")
 
-    module = importlib.import_module(f"{package}.{recipe.replace('-', '_')}")
-    if "--help" in words or "-h" in words:
-        _explain(recipe, module)
-        return
+
+def _files_and_flags(module: Any, words: list[str]) -> tuple[list[str], list[str]]:
+    """Files of settings, which come first, and flags."""
     split = next((at for at, word in enumerate(words) if word.startswith("-")), len(words))
     files, flags = words[:split], words[split:]
     if folder := getattr(module, "FOLDER", None):
         files, flags = _take_folder(folder, files, flags)
     if folders := getattr(module, "FOLDERS", None):
         files, flags = _take_folders(folders, files, flags)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun and others like it set them
-        _run_rank(recipe, module, files, flags)
-    else:
-        module.main(loading.load(module.Config, files, flags))
+    return files, flags
+
+
+def _load(words: Sequence[str], package: str) -> Any:
+    """The settings of a command line."""
+    from echelon.config import loading
+
+    module = _module(words[0].replace("_", "-"), package)
+    return loading.load(module.Config, *_files_and_flags(module, list(words[1:])))
 
 
 def _run_rank(recipe: str, module: Any, files: list[str], flags: list[str]) -> None:

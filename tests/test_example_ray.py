@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -21,7 +22,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def stand_ins(folder: Path) -> dict[str, str]:
     """Commands that write down how they were called, and by which they are found; the job they are part of."""
     for name in ("ray", "srun", "echelon"):
-        note = f'printf "%s\\n" "$CUDA_VISIBLE_DEVICES" "$RAY_ADDRESS" "$@" > "{folder}/{name}.$1.said"\n'
+        note = f'printf "%s\\n" "$RAY_AUTH_MODE $RAY_AUTH_TOKEN" "$RAY_ADDRESS" "$@" > "{folder}/{name}.$1.said"\n'
         (folder / name).write_text(f"#!/bin/bash\n{note}")
         (folder / name).chmod(0o755)
     (folder / "scontrol").write_text("#!/bin/bash\nprintf 'node1\\nnode2\\n'\n")
@@ -30,24 +31,30 @@ def stand_ins(folder: Path) -> dict[str, str]:
     return {**os.environ, **job, "SLURM_JOB_ID": "77", "PATH": f"{folder}:{os.environ['PATH']}"}
 
 
-def test_the_script_for_ray_on_slurm_keeps_one_gpu_for_learning_and_gives_ray_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "workers"), [("", 7), ("2", 6), ("3", 3)])
+def test_the_script_for_ray_on_slurm_gives_each_rank_a_gpu_and_as_many_workers(
+    tmp_path: Path, ranks: str, workers: int
+) -> None:
     script = EXAMPLES / "slurm_ray.sbatch"
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     words = ["bash", str(script), "grpo", "settings.yaml", str(tmp_path / "run"), "--env", "maze", "--model.path", "m"]
-    subprocess.run(words, check=True, env=stand_ins(tmp_path), timeout=300)
+    subprocess.run(words, check=True, env=stand_ins(tmp_path) | {"RANKS": ranks}, timeout=300)
     said = {path.name: path.read_text().splitlines() for path in tmp_path.glob("*.said")}
-    assert said["ray.start.said"] == ["1,2,3", "node1:20077", "start", "--head", "--port=20077", "--num-gpus=3"]
+    secret, *told = said["ray.start.said"]
+    assert told == ["node1:20077", "start", "--head", "--port=20077", "--num-gpus=4"]
+    assert re.fullmatch("token [0-9a-f]{64}", secret)
     others = said["srun.--nodes=1.said"][2:]
     assert others[1:3] == ["--ntasks=1", "--exclude=node1"]
     assert others[3:] == ["ray", "start", "--address=node1:20077", "--num-gpus=4", "--block"]
     assert said["ray.stop.said"][2:] == ["stop"]
-    learning, address, command, *typed = said["echelon.launch.said"]
-    assert (learning, address, command) == ("0", "node1:20077", "launch")
-    recipe, file, *flags = _parse(typed)[1]
-    assert (recipe, file) == ("grpo", "settings.yaml")
+    shown, address, command, *typed = said["echelon.launch.said"]
+    assert (shown, address, command) == (secret, "node1:20077", "launch")
+    asked, (recipe, file, *flags) = _parse(typed)
+    assert (asked.on, asked.nproc, recipe, file) == ("ray", int(ranks or 1), "grpo", "settings.yaml")
     settings = loading.load(importlib.import_module("echelon.recipes.grpo").Config, [], flags)
-    assert (settings.sampling.sampler, settings.sampling.ray.workers, settings.sampling.ray.gpus) == ("ray", 7, 1.0)
+    assert (settings.sampling.sampler, settings.sampling.ray.workers) == ("ray", workers)
+    assert settings.sampling.ray.gpus == 1.0
     assert settings.resume
 
 

@@ -105,13 +105,18 @@ class OptimConfig:
         demand(self, "final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "it is a part of lr. Give 0 to 1.")
 
 
+RESERVED = "ECHELON_RESERVED"
+"""By this variable a launcher tells ranks which places of a cluster are reserved for whose workers: a JSON object from
+settings, as text, to a placement group of Ray."""
+
+
 @dataclass(frozen=True)
 class RayConfig:
     """Engines in processes of their own, on this machine or on others, that draw for `sampler = ray`."""
 
     workers: int = 2
-    """How many there are, for all levels whose settings of them are the same: each holds the models of all. On the
-    command line, `--rollout-workers` says it for all levels."""
+    """How many there are, for all levels whose settings of them are the same: each holds the models of all. Several
+    ranks have as many each. On the command line, `--rollout-workers` says it for all levels."""
     engine: Literal["local", "vllm"] = "local"
     """What each of them runs."""
     address: str = ""

@@ -22,10 +22,14 @@ def check_copyable(module: nn.Module, sampler: str) -> None:
             f"sampling.sampler = {sampler}: it draws from a copy of the weights that learn, and model.quantization "
             "leaves none that could be copied. Use --sampler local."
         )
+
+
+def check_alone(sampler: str) -> None:
+    """Raise ConfigError on several ranks, for an engine that one process gives weights and asks."""
     if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigError(
             f"sampling.sampler = {sampler}: one process gives it weights and asks it, and this run has {ranks} ranks. "
-            "Use --sampler local, or start it without torchrun."
+            "Use --sampler local or ray, or start it without torchrun."
         )
 
 

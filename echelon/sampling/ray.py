@@ -1,31 +1,36 @@
 """Engines in other processes, on this machine or on others, behind the two methods of one: carried there by Ray.
 
-All samplers of a process share its workers, each of which holds a copy of every model. Ray starts them, brings them
-weights and says what became of them; what they are asked and answer goes over a connection to each (`wire`). A
-conversation stays with the worker that has its keys and values; a worker that dies, hangs or cannot be reached is
-replaced and what it was asked is asked again. Every request draws from its own seed, so who answers it, and how often
-it was asked, changes nothing. Knows nothing of how weights are trained, or of what a worker does.
+All samplers of a process share its workers, each of which holds a copy of every model; of several ranks each has its
+own. Ray starts them, brings them weights and says what became of them; what they are asked and answer goes over a
+connection to each (`wire`). A conversation stays with the worker that has its keys and values; a worker that dies,
+hangs or cannot be reached is replaced and what it was asked is asked again. Every request draws from its own seed, so
+who answers it, and how often it was asked, changes nothing. Knows nothing of how weights are trained, or of what a
+worker does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
+import platform
+import re
+import signal
 import sys
 import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from echelon.config import RayConfig
+from echelon.config import RESERVED, RayConfig
 from echelon.errors import ConfigError, EchelonError, RolloutError, need
 from echelon.models import lora
 from echelon.models.lm import first_line
@@ -45,6 +50,9 @@ PATIENCE = 10.0
 HOMES = 1 << 16
 """Conversations of which it is remembered who has them."""
 
+RANK = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|TORCHELASTIC_.*")
+"""By these variables a process knows that it is one of several that train."""
+
 T = TypeVar("T")
 
 
@@ -56,7 +64,8 @@ class RaySampler:
     whatever is being answered: what was asked before is answered with the weights of then. `longest` is how many tokens
     a prompt and its answer may have together, for workers with vLLM; `cache_tokens` is that of each worker's engine.
 
-    Raises MissingExtra without Ray, and ConfigError for what cannot be: weights of few bits, several ranks.
+    Raises MissingExtra without Ray, and ConfigError for what cannot be: weights of few bits, workers that ranks cannot
+    share out.
     """
 
     def __init__(
@@ -69,8 +78,11 @@ class RaySampler:
         cache_tokens: int | None = None,
         version: int = 0,
     ) -> None:
+        if not _address(settings):  # Ray reads it once, and a rank that joins another's cluster shows the token of both
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         need("ray", "ray")
         _check(module)
+        own(settings)
         self.module, self.tokenizer, self.settings = module, tokenizer, settings
         engine = {"engine": settings.engine, "longest": longest, "cache_tokens": cache_tokens}
         self._model = Model(next(NAMES), engine | {"concurrency": settings.in_flight}, version=version)
@@ -201,7 +213,7 @@ class Pool:
         self._loop = asyncio.get_running_loop()
         self._models[model.name] = model
         if not self.workers:
-            self.workers += [self._hire() for _ in range(self.settings.workers)]
+            self.workers += [self._hire() for _ in range(own(self.settings))]
             return
         for place in self.workers:
             self._hand_over(place, model)
@@ -260,7 +272,7 @@ class Pool:
                 num_cpus=said.cpus if _address(said) else 0,
                 num_gpus=said.gpus,
                 max_restarts=0,
-                scheduling_strategy="SPREAD",
+                scheduling_strategy=_place(said),
             )
             .remote(said)
         )
@@ -422,7 +434,7 @@ class Pool:
         """What to say where no worker has started in all that time."""
         said, there = self.settings, need("ray", "ray").available_resources()
         return RolloutError(
-            f"none of {said.workers} workers was ready within {said.timeout:g} s. Each asks for {said.cpus} CPUs and "
+            f"none of {own(said)} workers was ready within {said.timeout:g} s. Each asks for {said.cpus} CPUs and "
             f"{said.gpus:g} GPUs, and free on the cluster are {there.get('CPU', 0):g} and {there.get('GPU', 0):g}. "
             "Ask for less with sampling.ray.workers, cpus and gpus, or add machines."
         )
@@ -500,16 +512,75 @@ def _connect(settings: RayConfig) -> None:
     address = _address(settings)
     said = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        if address:
-            ray.init(address, **said)
-        else:
-            ray.init("local", include_dashboard=False, **said)
+        with _same_end():
+            if address:
+                ray.init(address, **said)
+            else:
+                _start_or_join(said)
     except Exception as error:  # of many kinds, plain ones among them
         told = f"address = {address}: Ray is not to be reached there" if address else "workers: Ray does not start"
         raise ConfigError(
             f"sampling.ray.{told} ({first_line(error)}) Give the address of a cluster that was started with: ray "
             "start --head, or none for one on this machine."
         ) from error
+
+
+def _start_or_join(said: dict[str, Any]) -> None:
+    """Start a cluster on this machine. Of several ranks the first that comes here does, and those beside it join."""
+    from torch import distributed
+    from torch.distributed import distributed_c10d
+
+    ray, several = need("ray", "ray"), distributed.is_initialized() and distributed.get_world_size() > 1
+    store: Any = distributed_c10d._get_default_store() if several else None
+    place = f"echelon/ray/{platform.node()}"
+    if several and store.add(f"{place}/ranks", 1) > 1:
+        address, _, why = store.get(place).decode().partition(" ")
+        if not address:
+            raise ConnectionError(why)
+        ray.init(address, **said)
+        return
+    told = " no reason known"
+    try:
+        with _without_rank():
+            told = ray.init("local", include_dashboard=False, **said).address_info["address"]
+    except Exception as error:
+        told = f" {first_line(error)}"
+        raise
+    finally:
+        if several:
+            store.set(place, told)
+
+
+@contextmanager
+def _same_end() -> Iterator[None]:
+    """SIGTERM ends this process as it did before, without a word: Ray would have it print where it was."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _without_rank() -> Iterator[None]:
+    """Processes that are started within know nothing of this one being a rank."""
+    told = {name: os.environ.pop(name) for name in [*os.environ] if RANK.fullmatch(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(told)
+
+
+def own(settings: RayConfig) -> int:
+    """How many of the workers this rank asks. Raises ConfigError where ranks cannot have as many each."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.workers % ranks:
+        raise ConfigError(
+            f"sampling.ray.workers = {settings.workers}: each of {ranks} ranks asks workers of its own, as many as the "
+            f"others. Give {ranks}, or a multiple of it."
+        )
+    return settings.workers // ranks
 
 
 def _check(module: nn.Module) -> None:
@@ -520,6 +591,16 @@ def _check(module: nn.Module) -> None:
             f"sampling.sampler = ray: {type(module).__name__} is code from the model's folder, which workers do not "
             "have. Use --sampler local."
         )
+
+
+def _place(settings: RayConfig) -> Any:
+    """Where workers go: to what is reserved for them, else far from each other."""
+    group = json.loads(os.environ.get(RESERVED, "{}")).get(repr(settings))
+    if group is None:
+        return "SPREAD"
+    ray = need("ray", "ray")
+    reserved = need("ray.util.placement_group", "ray").PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group)))
+    return ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(reserved)
 
 
 def _address(settings: RayConfig) -> str:

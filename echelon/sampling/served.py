@@ -29,7 +29,7 @@ from echelon.config import ServerConfig
 from echelon.errors import ConfigError, DataError, EchelonError, RolloutError, need
 from echelon.models import lora
 from echelon.models.lm import first_line
-from echelon.sampling.copied import check_adapter, check_copyable, within
+from echelon.sampling.copied import check_adapter, check_alone, check_copyable, within
 from echelon.sampling.ends import cut
 from echelon.sampling.vllm_engine import check_length, drawing, logprobs_of, settings
 from echelon.text.endpoint import trust
@@ -72,6 +72,7 @@ class ServedSampler:
     ) -> None:
         need("httpx2", "endpoint")
         check_copyable(module, "server")
+        check_alone("server")
         if apart:
             check_adapter(module)
         self.module, self.tokenizer, self.server = module, tokenizer, server

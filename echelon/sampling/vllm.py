@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from echelon.errors import ConfigError, need
 from echelon.models import lora
 from echelon.sampling.cache import default_budget
-from echelon.sampling.copied import check_adapter, check_copyable, within
+from echelon.sampling.copied import check_adapter, check_alone, check_copyable, within
 from echelon.sampling.vllm_engine import BLOCK, Engine, Voice, ranks, undisturbed, width
 from echelon.types import Completion, SamplingParams
 
@@ -117,6 +117,7 @@ def _check(module: nn.Module, sleep: bool) -> None:
     platform = need("vllm.platforms", "vllm").current_platform
     device = next(module.parameters()).device
     check_copyable(module, "vllm")
+    check_alone("vllm")
     if device.type != platform.device_type:
         raise ConfigError(
             f"sampling.sampler = vllm: the vLLM that is installed runs on {platform.device_type} and the model "

@@ -112,7 +112,8 @@ def test_what_the_launcher_reads_and_what_it_hands_on(words: str, expected: tupl
         ("--nproc -1 sft", "count ranks and machines"),
         ("--nnodes 2 sft", "Give --rendezvous HOST:PORT"),
         ("--rollout-workers 2 sft", "workers of Ray. Give --on ray too"),
-        ("--on ray --nproc 2 sft", "one process learns and asks the workers, so there are no ranks"),
+        ("--on ray --nproc -1 sft", "count ranks and machines"),
+        ("--on ray --nnodes 2 sft", "Give --rendezvous HOST:PORT"),
         ("--on kubernetes sft", "invalid choice: 'kubernetes'"),
         ("--nprocs 2 sft", "unrecognized arguments: --nprocs"),
     ],
@@ -128,17 +129,19 @@ def test_a_launch_on_ray_is_the_recipe_with_that_sampler() -> None:
     assert _parse(["--on", "ray", "sft"])[1] == ["sft", "--sampler", "ray"]
 
 
-class Failure:
-    def __init__(self, exitcode: int) -> None:
-        self.exitcode = exitcode
+def test_a_launch_on_ray_has_the_ranks_that_it_is_asked_for() -> None:
+    asked, recipe = _parse(["--on", "ray", "--nproc", "2", "--rollout-workers", "4", "grpo"])
+    assert (asked.nproc, recipe) == (2, ["grpo", "--sampler", "ray", "--rollout-workers", "4"])
+    assert _parse(["--on", "ray", "grpo"])[0].nproc == 0, "one process, which is not launched"
 
 
 def test_the_rank_that_was_killed_is_named_not_those_stopped_because_of_it() -> None:
     with pytest.raises(Exception, match=r"^rank 1 was ended by SIGKILL, so the others were stopped\..* --resume"):
-        _ended({0: Failure(-15), 1: Failure(-9)})
+        _ended({0: -15, 1: -9})
     with pytest.raises(Exception, match=r"^rank 1 was ended by SIGKILL"):
-        _ended({0: Failure(2), 1: Failure(-9)})
-    assert _ended({0: Failure(-15), 1: Failure(2)}) == 2
+        _ended({0: 2, 1: -9})
+    assert _ended({0: -15, 1: 2}) == 2
+    assert _ended({}) == 0
 
 
 @pytest.mark.parametrize(
