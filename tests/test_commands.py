@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 
 from echelon import cli
+from echelon.train.launcher import _parse
 from tests.desk import RECIPES, fewer, lender, stages_here
 from tests.sampling.test_vllm_server import _answers
 from tests.test_blocks import ALL, Block
@@ -41,7 +42,7 @@ Lend = Callable[[str, Path], None]
 
 NOT_RUN = ("--model.quantization", "sbatch", "chromium")
 """What is in a command that is not run. CONTRIBUTING.md says why."""
-OTHERWISE = ("make", "pip", "--download", "--multi_gpu", "--sampling.ray.gpus")
+OTHERWISE = ("make", "pip", "--download", "--sampling.ray.gpus")
 """What is in commands that are not run quite as they stand, listed there too."""
 NEEDS = {
     r"--sampler (vllm|server)": "vllm",
@@ -103,7 +104,7 @@ SWAPPED = {
     "--nproc 8 --nnodes 2": "--nproc 1 --nnodes 2",
     "--nproc 8": "--nproc 2",
     "--nproc-per-node 8": "--nproc-per-node 2",
-    "--multi_gpu --num_processes 8": "--cpu --num_processes 2",
+    "--num_processes 8": "--num_processes 2",
     "--rollout-workers 4": "--rollout-workers 2",
     "--rollout-workers 7": "--rollout-workers 2",
     "--sampling.ray.gpus 1": "--sampling.ray.gpus 0",
@@ -215,13 +216,25 @@ def run(line: str, desk: Path, swapped: dict[str, str]) -> None:
             patch.setenv(*words.pop(0).split("="))
         program, *words = words
         if Path(program).name in ("echelon", "torchrun", "accelerate"):
-            words = fewer(words)
             recipe = next((word for word in words if word in RECIPES), "")
             (desk / "settings.yaml").write_text(SETTINGS.get(recipe, PLAY))
+            assert accepted(words) == 0, f"{line}\n{heard()}"
+            words = fewer(words)
         status = RUNS[Path(program).name](words)
-    assert status == 0, f"{line}\n{shlex.join([program, *words])}\nstatus {status}\n{heard()}"
+        assert status == 0, f"{line}\n{shlex.join([program, *words])}\nstatus {status}\n{heard()}"
     if "--out" in words and "--dry-run" not in words:
         assert Path(words[words.index("--out") + 1]).exists(), f"{line}: what it was to write is not there"
+
+
+def accepted(words: list[str]) -> int:
+    """The exit status of the command with the sizes of the page, which are read, if nothing came of it."""
+    words = words[words.index("echelon") + 1 :] if "echelon" in words else words
+    words = _parse(words[1:])[1] if words[0] == "launch" else words
+    with pytest.MonkeyPatch.context() as patch:
+        if words[0] in RECIPES and "--help" not in words:
+            patch.setattr(f"echelon.recipes.{words[0].replace('-', '_')}.main", lambda config: None)
+            return cli.main(words)
+    return 0
 
 
 def redirected(words: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -291,7 +304,10 @@ def run_python(words: list[str]) -> int:
         return as_process([sys.executable, *words], cwd=ROOT if "pytest" in words else None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words)
-        runpy.run_path(words[0], run_name="__main__")
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as ended:
+            return int(ended.code or 0)
     return 0
 
 
@@ -344,13 +360,18 @@ MARKS = {"": [], "vllm": [pytest.mark.vllm], "ray": [pytest.mark.ray], "dist": [
 MARKS |= {"experts": [], "peers": [pytest.mark.peers]}
 MODULES = {"vllm": ["vllm"], "ray": ["ray"], "experts": ["stable_baselines3", "Box2D"], "peers": ["trl"]}
 """What is needed → modules without which there is nothing to run."""
-SLOW = ("CONTRIBUTING.md:5", "docs/learning-curves.md")
-"""Blocks that take minutes: those of benchmarks."""
+SLOW = {
+    ("CONTRIBUTING.md", ""),
+    ("docs/learning-curves.md", ""),
+    ("docs/scaling.md", "dist"),
+    ("docs/scaling.md", "ray"),
+}
+"""Page, and what is needed: where lines take minutes together, those of benchmarks and of many processes."""
 
 
 def marks(block: Block, name: str) -> list[pytest.MarkDecorator]:
     lack = [module for module in MODULES.get(name, []) if importlib.util.find_spec(module) is None]
-    slow = [pytest.mark.slow] if str(block).startswith(SLOW) and "benchmarks" in block.text else []
+    slow = [pytest.mark.slow] if (block.page, name) in SLOW and "make" not in block.text else []
     return [*MARKS[name], *slow, pytest.mark.skipif(bool(lack), reason=f"not installed: {', '.join(lack)}")]
 
 
@@ -422,7 +443,8 @@ def test_what_no_test_does_is_listed() -> None:
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
-        ("echelon grpo settings.yaml --group-size 1 --out x --group-size 1", "siblings are compared"),
+        ("echelon grpo settings.yaml --group-size 1 --out x", "siblings are compared"),
+        ("torchrun --nproc-per-node 2 -m echelon grpo settings.yaml --out x --steps none", "--steps none"),
         ("echelon grppo settings.yaml", "unknown recipe 'grppo'"),
         ("echelon sft --model.path models/base --data.path chats.jsonl --epoch 3 --out x", "unknown flag '--epoch'"),
         ("echelon report runs/nothing", "runs/nothing"),
@@ -435,6 +457,6 @@ def test_what_no_test_does_is_listed() -> None:
 def test_a_wrong_command_is_found(line: str, wrong: str, desk: Path, shelf: Lend) -> None:
     for name in ("models/base", "chats.jsonl"):
         shelf(name, desk)
-    with pytest.raises((AssertionError, FileNotFoundError, SystemExit)) as found:
+    with pytest.raises((AssertionError, FileNotFoundError)) as found:
         run(line, desk, {})
     assert wrong in str(found.value)
