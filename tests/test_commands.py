@@ -46,9 +46,9 @@ OTHERWISE = ("make", "pip", "--download", "--sampling.ray.gpus")
 """What is in commands that are not run quite as they stand, listed there too."""
 NEEDS = {
     r"--sampler (vllm|server)": "vllm",
-    r"--on ray|ray\.address": "ray",
+    r"--(on|sampler) ray|ray\.address": "ray",
     r"launch --nproc|^torchrun|^accelerate": "dist",
-    r"^VLLM_.* vllm serve": "vllm",
+    r"-m vllm\.entrypoints": "vllm",
     r"--expert ppo": "experts",
     r"-m peers": "peers",
 }
@@ -107,6 +107,7 @@ SWAPPED = {
     "--num_processes 8": "--num_processes 2",
     "--rollout-workers 4": "--rollout-workers 2",
     "--rollout-workers 7": "--rollout-workers 2",
+    "--rollout-workers 24": "--rollout-workers 2",
     "--sampling.ray.gpus 1": "--sampling.ray.gpus 0",
     "/shared/": "shared/",
     "../bench": "bench",
@@ -117,7 +118,7 @@ ENDPOINT = "http://localhost:8000/v1"
 SMALLER = {
     "examples/arithmetic.py": "--hidden 32 --layers 1 --copying-steps 2 --sums 400 --remarks 400",
     "examples/dialogue.py": "--dialogues 24 --hidden 32 --layers 1 --copying-steps 2",
-    "vllm serve": "--max-model-len 2048 --max-num-seqs 8 --enforce-eager",
+    "vllm.entrypoints": "--max-model-len 2048 --max-num-seqs 8 --enforce-eager",
     "benchmarks/feedback.py": "--quick --variants joint flat",
     "benchmarks/learning.py": "--quick --methods grpo --seeds 1",
     "benchmarks/rollout_multiturn.py": "--quick --peers generate --threads 1",
@@ -265,7 +266,7 @@ def run_echelon(words: list[str]) -> int:
     if "--nnodes" in words:
         beside = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # as on the other machine
         return as_process(command) or beside.wait(300)
-    if "auto" in words:
+    if "auto" in words or "RAY_ADDRESS" in os.environ:  # where a cluster is
         with a_cluster():
             return as_process(command)
     if words[0] == "launch":
@@ -300,6 +301,8 @@ def as_process(command: list[str], **around: Any) -> int:
 
 def run_python(words: list[str]) -> int:
     """An example in this process, everything else in one of its own; tests where they are."""
+    if "vllm.entrypoints.openai.api_server" in words:
+        return serve_until_it_answers(words)
     if not words[0].startswith("examples"):
         return as_process([sys.executable, *words], cwd=ROOT if "pytest" in words else None)
     with pytest.MonkeyPatch.context() as patch:
@@ -323,12 +326,11 @@ def run_pip(words: list[str]) -> int:
     return 0 if words[0] in ("install", "uninstall") and extras <= cli.EXTRAS.keys() else 1
 
 
-def run_vllm(words: list[str]) -> int:
-    """The server, until it answers; it goes on until the reader leaves."""
+def serve_until_it_answers(words: list[str]) -> int:
+    """A server of vLLM, which goes on until the reader leaves."""
     url = f"http://127.0.0.1:{words[words.index('--port') + 1]}/health"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *words]
     with Path("server.log").open("w") as log:
-        SERVERS.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+        SERVERS.append(subprocess.Popen([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT))
     until = time.monotonic() + 560
     while not _answers(url):
         if SERVERS[-1].poll() is not None or time.monotonic() > until:
@@ -348,7 +350,6 @@ RUNS: dict[str, Callable[[list[str]], int]] = {
     "mkdir": lambda words: as_process(["mkdir", *words]),
     "torchrun": lambda words: as_process([sys.executable, "-m", "torch.distributed.run", *words]),
     "accelerate": lambda words: as_process([sys.executable, "-m", "accelerate.commands.accelerate_cli", *words]),
-    "vllm": run_vllm,
 }
 """Program → what runs its words; it returns the exit status."""
 
