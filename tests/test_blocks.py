@@ -237,7 +237,7 @@ def answers() -> dict[str, Any]:
 
 
 PROVIDED: dict[str, Callable[[], dict[str, Any]]] = {
-    "docs/engine.md": an_engine,
+    "docs/engine.md": adapters,
     "docs/adapters.md": adapters,
     "docs/algorithms/reward.md": a_reward_model,
     "docs/algorithms/control-mlp.md": a_controller,

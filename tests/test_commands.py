@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 
 from echelon import cli
+from echelon.train.launcher import _parse
 from tests.desk import RECIPES, fewer, lender, stages_here
 from tests.sampling.test_vllm_server import _answers
 from tests.test_blocks import ALL, Block
@@ -41,13 +42,13 @@ Lend = Callable[[str, Path], None]
 
 NOT_RUN = ("--model.quantization", "sbatch", "chromium")
 """What is in a command that is not run. CONTRIBUTING.md says why."""
-OTHERWISE = ("make", "pip", "--download", "--multi_gpu", "--sampling.ray.gpus")
+OTHERWISE = ("make", "pip", "--download", "--sampling.ray.gpus")
 """What is in commands that are not run quite as they stand, listed there too."""
 NEEDS = {
     r"--sampler (vllm|server)": "vllm",
-    r"--on ray|ray\.address": "ray",
+    r"--(on|sampler) ray|ray\.address": "ray",
     r"launch --nproc|^torchrun|^accelerate": "dist",
-    r"^VLLM_.* vllm serve": "vllm",
+    r"-m vllm\.entrypoints": "vllm",
     r"--expert ppo": "experts",
     r"-m peers": "peers",
 }
@@ -103,9 +104,10 @@ SWAPPED = {
     "--nproc 8 --nnodes 2": "--nproc 1 --nnodes 2",
     "--nproc 8": "--nproc 2",
     "--nproc-per-node 8": "--nproc-per-node 2",
-    "--multi_gpu --num_processes 8": "--cpu --num_processes 2",
+    "--num_processes 8": "--num_processes 2",
     "--rollout-workers 4": "--rollout-workers 2",
     "--rollout-workers 7": "--rollout-workers 2",
+    "--rollout-workers 24": "--rollout-workers 2",
     "--sampling.ray.gpus 1": "--sampling.ray.gpus 0",
     "/shared/": "shared/",
     "../bench": "bench",
@@ -116,7 +118,7 @@ ENDPOINT = "http://localhost:8000/v1"
 SMALLER = {
     "examples/arithmetic.py": "--hidden 32 --layers 1 --copying-steps 2 --sums 400 --remarks 400",
     "examples/dialogue.py": "--dialogues 24 --hidden 32 --layers 1 --copying-steps 2",
-    "vllm serve": "--max-model-len 2048 --max-num-seqs 8 --enforce-eager",
+    "vllm.entrypoints": "--max-model-len 2048 --max-num-seqs 8 --enforce-eager",
     "benchmarks/feedback.py": "--quick --variants joint flat",
     "benchmarks/learning.py": "--quick --methods grpo --seeds 1",
     "benchmarks/rollout_multiturn.py": "--quick --peers generate --threads 1",
@@ -215,13 +217,25 @@ def run(line: str, desk: Path, swapped: dict[str, str]) -> None:
             patch.setenv(*words.pop(0).split("="))
         program, *words = words
         if Path(program).name in ("echelon", "torchrun", "accelerate"):
-            words = fewer(words)
             recipe = next((word for word in words if word in RECIPES), "")
             (desk / "settings.yaml").write_text(SETTINGS.get(recipe, PLAY))
+            assert accepted(words) == 0, f"{line}\n{heard()}"
+            words = fewer(words)
         status = RUNS[Path(program).name](words)
-    assert status == 0, f"{line}\n{shlex.join([program, *words])}\nstatus {status}\n{heard()}"
+        assert status == 0, f"{line}\n{shlex.join([program, *words])}\nstatus {status}\n{heard()}"
     if "--out" in words and "--dry-run" not in words:
         assert Path(words[words.index("--out") + 1]).exists(), f"{line}: what it was to write is not there"
+
+
+def accepted(words: list[str]) -> int:
+    """The exit status of the command with the sizes of the page, which are read, if nothing came of it."""
+    words = words[words.index("echelon") + 1 :] if "echelon" in words else words
+    words = _parse(words[1:])[1] if words[0] == "launch" else words
+    with pytest.MonkeyPatch.context() as patch:
+        if words[0] in RECIPES and "--help" not in words:
+            patch.setattr(f"echelon.recipes.{words[0].replace('-', '_')}.main", lambda config: None)
+            return cli.main(words)
+    return 0
 
 
 def redirected(words: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -252,7 +266,7 @@ def run_echelon(words: list[str]) -> int:
     if "--nnodes" in words:
         beside = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # as on the other machine
         return as_process(command) or beside.wait(300)
-    if "auto" in words:
+    if "auto" in words or "RAY_ADDRESS" in os.environ:  # where a cluster is
         with a_cluster():
             return as_process(command)
     if words[0] == "launch":
@@ -287,11 +301,16 @@ def as_process(command: list[str], **around: Any) -> int:
 
 def run_python(words: list[str]) -> int:
     """An example in this process, everything else in one of its own; tests where they are."""
+    if "vllm.entrypoints.openai.api_server" in words:
+        return serve_until_it_answers(words)
     if not words[0].startswith("examples"):
         return as_process([sys.executable, *words], cwd=ROOT if "pytest" in words else None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words)
-        runpy.run_path(words[0], run_name="__main__")
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as ended:
+            return int(ended.code or 0)
     return 0
 
 
@@ -307,12 +326,11 @@ def run_pip(words: list[str]) -> int:
     return 0 if words[0] in ("install", "uninstall") and extras <= cli.EXTRAS.keys() else 1
 
 
-def run_vllm(words: list[str]) -> int:
-    """The server, until it answers; it goes on until the reader leaves."""
+def serve_until_it_answers(words: list[str]) -> int:
+    """A server of vLLM, which goes on until the reader leaves."""
     url = f"http://127.0.0.1:{words[words.index('--port') + 1]}/health"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *words]
     with Path("server.log").open("w") as log:
-        SERVERS.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+        SERVERS.append(subprocess.Popen([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT))
     until = time.monotonic() + 560
     while not _answers(url):
         if SERVERS[-1].poll() is not None or time.monotonic() > until:
@@ -332,7 +350,6 @@ RUNS: dict[str, Callable[[list[str]], int]] = {
     "mkdir": lambda words: as_process(["mkdir", *words]),
     "torchrun": lambda words: as_process([sys.executable, "-m", "torch.distributed.run", *words]),
     "accelerate": lambda words: as_process([sys.executable, "-m", "accelerate.commands.accelerate_cli", *words]),
-    "vllm": run_vllm,
 }
 """Program → what runs its words; it returns the exit status."""
 
@@ -344,13 +361,18 @@ MARKS = {"": [], "vllm": [pytest.mark.vllm], "ray": [pytest.mark.ray], "dist": [
 MARKS |= {"experts": [], "peers": [pytest.mark.peers]}
 MODULES = {"vllm": ["vllm"], "ray": ["ray"], "experts": ["stable_baselines3", "Box2D"], "peers": ["trl"]}
 """What is needed → modules without which there is nothing to run."""
-SLOW = ("CONTRIBUTING.md:5", "docs/learning-curves.md")
-"""Blocks that take minutes: those of benchmarks."""
+SLOW = {
+    ("CONTRIBUTING.md", ""),
+    ("docs/learning-curves.md", ""),
+    ("docs/scaling.md", "dist"),
+    ("docs/scaling.md", "ray"),
+}
+"""Page, and what is needed: where lines take minutes together, those of benchmarks and of many processes."""
 
 
 def marks(block: Block, name: str) -> list[pytest.MarkDecorator]:
     lack = [module for module in MODULES.get(name, []) if importlib.util.find_spec(module) is None]
-    slow = [pytest.mark.slow] if str(block).startswith(SLOW) and "benchmarks" in block.text else []
+    slow = [pytest.mark.slow] if (block.page, name) in SLOW and "make" not in block.text else []
     return [*MARKS[name], *slow, pytest.mark.skipif(bool(lack), reason=f"not installed: {', '.join(lack)}")]
 
 
@@ -422,7 +444,8 @@ def test_what_no_test_does_is_listed() -> None:
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
-        ("echelon grpo settings.yaml --group-size 1 --out x --group-size 1", "siblings are compared"),
+        ("echelon grpo settings.yaml --group-size 1 --out x", "siblings are compared"),
+        ("torchrun --nproc-per-node 2 -m echelon grpo settings.yaml --out x --steps none", "--steps none"),
         ("echelon grppo settings.yaml", "unknown recipe 'grppo'"),
         ("echelon sft --model.path models/base --data.path chats.jsonl --epoch 3 --out x", "unknown flag '--epoch'"),
         ("echelon report runs/nothing", "runs/nothing"),
@@ -435,6 +458,6 @@ def test_what_no_test_does_is_listed() -> None:
 def test_a_wrong_command_is_found(line: str, wrong: str, desk: Path, shelf: Lend) -> None:
     for name in ("models/base", "chats.jsonl"):
         shelf(name, desk)
-    with pytest.raises((AssertionError, FileNotFoundError, SystemExit)) as found:
+    with pytest.raises((AssertionError, FileNotFoundError)) as found:
         run(line, desk, {})
     assert wrong in str(found.value)
