@@ -29,7 +29,7 @@ def check_alone(sampler: str) -> None:
     if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigError(
             f"sampling.sampler = {sampler}: one process gives it weights and asks it, and this run has {ranks} ranks. "
-            "Use --sampler local or ray, or start it without torchrun."
+            "Use --sampler local, vllm or ray, or start it without torchrun."
         )
 
 

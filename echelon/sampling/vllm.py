@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from echelon.errors import ConfigError, need
 from echelon.models import lora
 from echelon.sampling.cache import default_budget
-from echelon.sampling.copied import check_adapter, check_alone, check_copyable, within
+from echelon.sampling.copied import check_adapter, check_copyable, within
 from echelon.sampling.vllm_engine import BLOCK, Engine, Voice, ranks, undisturbed, width
 from echelon.types import Completion, SamplingParams
 
@@ -25,13 +25,14 @@ class VllmSampler:
     vLLM starts, with the weights of the module or those it is given, when it is first asked or loaded. `longest` is how
     many tokens a prompt and its answer may have together, at most as many as the model has positions; `concurrency` and
     `cache_tokens` are those of the local engine. With `sleep`, vLLM gives its memory on the accelerator back when the
-    event loop that it served ends, until it is asked or loaded again.
+    event loop that it served ends, until it is asked or loaded again. Several ranks have one each, and these start
+    together: all ranks must load theirs before one asks.
 
     With `apart`, vLLM reads the base of a model with adapters once, and is then given the adapter alone: the one that
     speaks, the one that `adapter` names, or with the empty name none. `beside` is another such sampler on the same base
     (`shares`), whose vLLM this one then asks too.
 
-    Raises MissingExtra without vLLM, and ConfigError for what cannot be: weights of few bits, several ranks, a device
+    Raises MissingExtra without vLLM, and ConfigError for what cannot be: weights of few bits, a device
     that this vLLM was not built for, sleep on a CPU, adapters that vLLM does not know.
     """
 
@@ -117,7 +118,6 @@ def _check(module: nn.Module, sleep: bool) -> None:
     platform = need("vllm.platforms", "vllm").current_platform
     device = next(module.parameters()).device
     check_copyable(module, "vllm")
-    check_alone("vllm")
     if device.type != platform.device_type:
         raise ConfigError(
             f"sampling.sampler = vllm: the vLLM that is installed runs on {platform.device_type} and the model "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -140,9 +141,17 @@ def joined(settings: DistConfig) -> Iterator[Ranks]:
             raise
         raise raised from error
     else:
-        distributed.destroy_process_group()
+        if not _vllm_has_groups():
+            distributed.destroy_process_group()
     finally:
         _ranks = None
+
+
+def _vllm_has_groups() -> bool:
+    """Whether a vLLM of this process has groups of ranks, too. It leaves all of them when the process ends, and fails
+    where that has been done."""
+    state: Any = sys.modules.get("vllm.distributed.parallel_state")
+    return state is not None and bool(state.model_parallel_is_initialized())
 
 
 def wait() -> None:

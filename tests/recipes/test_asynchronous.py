@@ -35,10 +35,9 @@ RECIPES = [pytest.param(GRPO, id="grpo"), pytest.param(PPO, id="ppo"), pytest.pa
 FEEDBACK = (*PLAIN_FEEDBACK, "--attempts", 2)
 ONE_FOR_BOTH = (*FEEDBACK, "--coach.model.path", "", "--weights", "shared")
 ADAPTERS = (*FEEDBACK, "--coach.model.path", "", "--weights", "adapters", "--lora.rank", 4)
-SERVER = [
-    *("--solver.sampling.sampler", "server", "--solver.sampling.server.url", "http://localhost:1"),
-    *("--solver.sampling.server.folder", "/tmp"),
-]
+SERVED = ["--sampling.sampler", "server", "--sampling.server.url", "http://localhost:1"]
+SERVED += ["--sampling.server.folder", "weights"]
+SERVER = [word.replace("--sampling", "--solver.sampling") for word in SERVED]
 GAP = ("--credit.gap", 1)
 TWO_ADAPTERS = ("--shared", "--lora.rank", 4)
 EVERY_TERM = ("--low.surprisal-coef", 0.1, "--low.ema-decay", 0.9, "--low.shaping.kl-target", 1)
@@ -195,8 +194,10 @@ def test_more_steps_than_a_run_was_begun_with(train, game: list[str]) -> None:
         (FEEDBACK, (AHEAD, 1, "--coach.model.quantization", "4bit"), "max_staleness = 1: what plays is a copy"),
         (FEEDBACK, (AHEAD, 2, "--stages", "from 0: attempts=2", "plateau 9: attempts=3"), "max_staleness = 2: nobody"),
         (FEEDBACK, (AHEAD, 1, "--credit.gap", 1, *SERVER), "max_staleness = 1: a server holds one set of weights"),
+        (RESPONDER, (AHEAD, 1, *HELD_OUT, *SERVED), "max_staleness = 1: a server holds one set of weights, and eval_e"),
+        (TOSCA, (AHEAD, 1, "--strategist.quantization", "8bit"), "max_staleness = 1: what plays is a copy"),
     ],
-    ids=["negative", "quantized", "dropout", "candidates", "coach", "plateau", "server"],
+    ids=["negative", "quantized", "dropout", "candidates", "coach", "plateau", "server", "held out", "strategist"],
 )
 def test_what_cannot_run_ahead_is_refused_in_one_line(
     train, playing, capsys: pytest.CaptureFixture[str], recipe: Words, flags: Words, message: str

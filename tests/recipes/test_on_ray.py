@@ -19,7 +19,7 @@ import torch
 from echelon.config import RayConfig
 from echelon.sampling import ray as on_ray
 from echelon.sampling.local import LocalSampler
-from echelon.types import Completion
+from echelon.types import Completion, SamplingParams
 from tests.recipes.conftest import Train
 from tests.recipes.talk import Talk
 from tests.sampling.test_ray import ask, requests, same, small
@@ -41,7 +41,7 @@ STEER = ("--model.path", "{model}", "--env", "tests.recipes.steer:Steer", "--sam
 STEER += ("--tasks-per-step", 4, "--group-size", 2, "--value-epochs", 1)
 
 GRPO = ("grpo", *ONE, "--tasks-per-step", 2, "--group-size", 4)
-PPO = ("ppo", *ONE, *EPISODES)
+PPO = ("ppo", *ONE, *EPISODES, "--warmup-steps", 0)
 ARCHER = ("archer", *ONE, *EPISODES, "--warmup-steps", 0, "--critic-updates", 2, "--critic-episodes", 4)
 RANK = ("rank", *ONE, *EPISODES, "--candidates", 2, "--warmup-steps", 0, "--ranker-updates", 1, "--ranker-batch", 4)
 FEEDBACK = ("feedback", "--solver.model.path", "{model}", "--coach.model.path", "{model}", *VARY, "turns=1")
@@ -64,6 +64,22 @@ def workers() -> Iterator[on_ray.Pool]:
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield on_ray.pool_of(RayConfig())
     ray.shutdown()
+
+
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of every completion that workers gave: which weights had been loaded when it was asked, and which it names."""
+    found: list[tuple[int, int]] = []
+    sample = on_ray.RaySampler.sample
+
+    async def noted(sampler: on_ray.RaySampler, prompt: list[int], params: SamplingParams) -> Completion:
+        asked = sampler.version
+        said = await sample(sampler, prompt, params)
+        found.append((asked, said.version))
+        return said
+
+    monkeypatch.setattr(on_ray.RaySampler, "sample", noted)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -89,14 +105,21 @@ def workers() -> Iterator[on_ray.Pool]:
     ],
 )
 def test_a_recipe_logs_what_it_logs_without_workers(
-    train: Train, workers: on_ray.Pool, files: dict[str, str], words: tuple[object, ...]
+    train: Train,
+    workers: on_ray.Pool,
+    files: dict[str, str],
+    versions: list[tuple[int, int]],
+    words: tuple[object, ...],
 ) -> None:
     """Also in steps that are played with weights that it has learned and sent."""
-    flags = [str(word).format(**files) for word in words] + ["--steps", "3" if AHEAD in words else "2"]
+    ahead = int(str(words[words.index(AHEAD) + 1])) if AHEAD in words else 0
+    flags = [str(word).format(**files) for word in words] + ["--steps", str(2 + ahead)]
     here, there = train(*flags, name="here"), train(*flags, "--sampler", "ray", name="ray")
     same_rows(there.rows(), here.rows(), 1e-3)
     said = [[[turn["text"] for turn in row["turns"]] for row in run.rows("episodes")] for run in (there, here)]
     assert said[0] == said[1]
+    assert all(named == asked for asked, named in versions)
+    assert len({named for _, named in versions}) > 1
     assert len(workers.workers) == 2, "nobody has started others"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -20,14 +21,16 @@ from echelon.errors import ConfigError, RolloutError
 from echelon.models import lora
 from echelon.models.lm import tiny
 from echelon.rollout.ahead import Level, Played, Rollouts, Run, read_episode
+from echelon.rollout.candidates import Offered
 from echelon.rollout.roles import Role
 from echelon.rollout.setup import Actor, open_copy
+from echelon.sampling.candidates import Offer
 from echelon.sampling.local import LocalSampler
 from echelon.text.chat import Renderer
 from echelon.train import dist
 from echelon.train.learner import Learner
 from echelon.train.stale import AsyncConfig
-from echelon.types import Episode, SamplingParams, Turn
+from echelon.types import Completion, Episode, SamplingParams, Turn
 
 SAMPLING = SamplingConfig(max_tokens=2)
 PARAMS = SamplingParams(max_tokens=2)
@@ -318,3 +321,11 @@ def test_several_ranks_are_refused(level: Level, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dist, "_ranks", dist.Ranks(0, 2, 2, DistConfig()))
     with pytest.raises(ConfigError, match=r"asynchronous.max_staleness = 1: 2 ranks play and train in step"):
         rollouts(level, None, 1)
+
+
+def test_what_was_offered_is_the_same_after_json() -> None:
+    """Also what was no legal choice, which is worth minus infinity."""
+    said = [Completion([5, 6], [-1e-9, -math.inf], "a", "stop", 3), Completion([], [], "b", "length")]
+    offers = {2**62: Offer([1, 2], said, [1 / 3, -math.inf], 0, True)}
+    found = Offered([Episode("t", ending="terminated")], {"reward/mean": 0.1}, offers)
+    assert Offered.from_json(json.loads(json.dumps(found.to_json(), default=float))) == found

@@ -187,6 +187,11 @@ def test_rollouts_ahead_hold_copies_and_workers_elsewhere_nothing() -> None:
     kept = held(engine)["actor: keys and values, at most"]
     twice = {"actor: keys and values, at most": 2 * kept, "actor: copies that play": 2 * bytes_of(module.parameters())}
     assert held(replace(engine, ahead=2)) == twice
+    for count in (0, 3):  # what chooses is read and samples nothing
+        plan = Plan({}, DistConfig(), 64, copies={"ranker": (module, count)})
+        expected = {"ranker: copies that play": 3 * bytes_of(module.parameters())} if count else {}
+        found = needs(plan, 1, tokens_per_step=60)
+        assert {name: size for name, size in found.items() if name.startswith("ranker")} == expected
     pytest.importorskip("ray")
     assert held(Engine(RaySampler(module, tokenizer, RayConfig()), sampling)) == {}
 

@@ -30,6 +30,18 @@ def test_a_plateau_is_so_many_steps_without_a_better_one_since_the_stage_began()
     assert seen == [False] * 7 + [True], "0.9 came before step 3 and does not count; 0.3 at step 4 is the best after"
 
 
+def test_the_stage_of_a_step_to_come_is_known_where_no_plateau_is_waited_for() -> None:
+    """Asking changes nothing, and once the step is there the answer is that of `reached`."""
+    stages = Stages(("from 0: a=1", "from 3: a=2", "from 5: a=3", "plateau 1: a=4"))
+    assert [stages.at(step) for step in (0, 2, 3, 4, 5, 9)] == [0, 0, 1, 1, 2, 2]
+    assert stages.current == 0
+    for step in range(8):
+        stages.saw(0.0)
+        assert stages.reached(step) == stages.at(step)
+    assert stages.current == 3, "the plateau has been reached"
+    assert stages.at(99) == 3
+
+
 def test_a_resumed_run_stands_where_it_stood(tmp_path: Path) -> None:
     stages = Stages(TABLE)
     for step in range(6):
