@@ -123,6 +123,7 @@ SMALLER = {
     "benchmarks/learning.py": "--quick --methods grpo --seeds 1",
     "benchmarks/rollout_multiturn.py": "--quick --peers generate --threads 1",
     "benchmarks/tosca.py": "--quick --variants joint alone",
+    "--expert ppo": "--expert-steps 64",
     "--warmup-steps 5": "--warmup-steps 1",
     "--label 400": "--label 1",
 }
