@@ -12,25 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
-import os
-import platform
-import re
-import signal
 import sys
 import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from echelon.config import RESERVED, RayConfig
+from echelon.config import RayConfig
 from echelon.errors import ConfigError, EchelonError, RolloutError, need
 from echelon.models import lora
 from echelon.models.lm import first_line
@@ -38,6 +33,7 @@ from echelon.sampling import wire
 from echelon.sampling.cache import hashes
 from echelon.sampling.copied import check_copyable
 from echelon.sampling.ends import cut
+from echelon.sampling.ray_cluster import address_of, connect, guard, own, place_of, put
 from echelon.sampling.ray_worker import Worker, learning, numbers_of, taken_apart
 from echelon.types import Completion, SamplingParams
 
@@ -49,9 +45,6 @@ PATIENCE = 10.0
 """Seconds that the very first requests wait for all workers to have started, rather than go to those that have."""
 HOMES = 1 << 16
 """Conversations of which it is remembered who has them."""
-
-RANK = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|TORCHELASTIC_.*")
-"""By these variables a process knows that it is one of several that train."""
 
 T = TypeVar("T")
 
@@ -78,8 +71,7 @@ class RaySampler:
         cache_tokens: int | None = None,
         version: int = 0,
     ) -> None:
-        if not _address(settings):  # Ray reads it once, and a rank that joins another's cluster shows the token of both
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        guard(settings)
         need("ray", "ray")
         _check(module)
         own(settings)
@@ -129,22 +121,22 @@ class RaySampler:
             self._opened()
 
     def _sent(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        _connect(self.settings)
+        connect(self.settings)
         found, known = numbers_of(weights), self.module.state_dict().keys()
         assert found.keys() <= known, f"weights that the module does not have: {sorted(found.keys() - known)[:3]}"
-        return _put(found)
+        return put(found)
 
     def _opened(self) -> Pool:
         """The workers, which hold the model: with the weights that are loaded or else with those of the module."""
         if self._pool is None:
-            _connect(self.settings)
+            connect(self.settings)
             skeleton, numbers = taken_apart(self.module, self.tokenizer)
             model, pool = self._model, pool_of(self.settings)
-            model.plan = _put(skeleton)
+            model.plan = put(skeleton)
             if lora.has_adapters(self.module):
-                model.base = _put(numbers)
+                model.base = put(numbers)
             elif model.news is None:
-                model.news = _put(numbers_of(self.module.state_dict().items()))
+                model.news = put(numbers_of(self.module.state_dict().items()))
             pool.thread.run(pool.open(model))
             weakref.finalize(self, pool.thread.soon, pool.close, model).atexit = False
             self._pool = pool
@@ -269,10 +261,10 @@ class Pool:
             need("ray", "ray")
             .remote(Worker)
             .options(
-                num_cpus=said.cpus if _address(said) else 0,
+                num_cpus=said.cpus if address_of(said) else 0,
                 num_gpus=said.gpus,
                 max_restarts=0,
-                scheduling_strategy=_place(said),
+                scheduling_strategy=place_of(said),
             )
             .remote(said)
         )
@@ -503,86 +495,6 @@ def pool_of(settings: RayConfig) -> Pool:
     return found
 
 
-def _connect(settings: RayConfig) -> None:
-    """Join the cluster, or start one on this machine, unless this process has one."""
-    ray = need("ray", "ray")
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = _address(settings)
-    said = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        with _same_end():
-            if address:
-                ray.init(address, **said)
-            else:
-                _start_or_join(said)
-    except Exception as error:  # of many kinds, plain ones among them
-        told = f"address = {address}: Ray is not to be reached there" if address else "workers: Ray does not start"
-        raise ConfigError(
-            f"sampling.ray.{told} ({first_line(error)}) Give the address of a cluster that was started with: ray "
-            "start --head, or none for one on this machine."
-        ) from error
-
-
-def _start_or_join(said: dict[str, Any]) -> None:
-    """Start a cluster on this machine. Of several ranks the first that comes here does, and those beside it join."""
-    from torch import distributed
-    from torch.distributed import distributed_c10d
-
-    ray, several = need("ray", "ray"), distributed.is_initialized() and distributed.get_world_size() > 1
-    store: Any = distributed_c10d._get_default_store() if several else None
-    place = f"echelon/ray/{platform.node()}"
-    if several and store.add(f"{place}/ranks", 1) > 1:
-        address, _, why = store.get(place).decode().partition(" ")
-        if not address:
-            raise ConnectionError(why)
-        ray.init(address, **said)
-        return
-    told = " no reason known"
-    try:
-        with _without_rank():
-            told = ray.init("local", include_dashboard=False, **said).address_info["address"]
-    except Exception as error:
-        told = f" {first_line(error)}"
-        raise
-    finally:
-        if several:
-            store.set(place, told)
-
-
-@contextmanager
-def _same_end() -> Iterator[None]:
-    """SIGTERM ends this process as it did before, without a word: Ray would have it print where it was."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _without_rank() -> Iterator[None]:
-    """Processes that are started within know nothing of this one being a rank."""
-    told = {name: os.environ.pop(name) for name in [*os.environ] if RANK.fullmatch(name)}
-    try:
-        yield
-    finally:
-        os.environ.update(told)
-
-
-def own(settings: RayConfig) -> int:
-    """How many of the workers this rank asks. Raises ConfigError where ranks cannot have as many each."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.workers % ranks:
-        raise ConfigError(
-            f"sampling.ray.workers = {settings.workers}: each of {ranks} ranks asks workers of its own, as many as the "
-            f"others. Give {ranks}, or a multiple of it."
-        )
-    return settings.workers // ranks
-
-
 def _check(module: nn.Module) -> None:
     """Raise ConfigError for what workers cannot serve."""
     check_copyable(module, "ray")
@@ -591,21 +503,6 @@ def _check(module: nn.Module) -> None:
             f"sampling.sampler = ray: {type(module).__name__} is code from the model's folder, which workers do not "
             "have. Use --sampler local."
         )
-
-
-def _place(settings: RayConfig) -> Any:
-    """Where workers go: to what is reserved for them, else far from each other."""
-    group = json.loads(os.environ.get(RESERVED, "{}")).get(repr(settings))
-    if group is None:
-        return "SPREAD"
-    ray = need("ray", "ray")
-    reserved = need("ray.util.placement_group", "ray").PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group)))
-    return ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(reserved)
-
-
-def _address(settings: RayConfig) -> str:
-    """Of the cluster to join; empty where one is started."""
-    return settings.address or os.environ.get("RAY_ADDRESS", "")
 
 
 def _hang_up(opened: asyncio.Task[wire.Line]) -> None:
@@ -618,15 +515,3 @@ def _reason(error: Any) -> tuple[str, EchelonError | None]:
     """Why a worker could not do what it was told; and what would hold for every other one, too."""
     cause = getattr(error, "cause", None)
     return first_line(error if cause is None else cause), cause if isinstance(cause, EchelonError) else None
-
-
-def _put(numbers: Any) -> Any:
-    """One object for all workers. Raises RolloutError where neither memory nor disk has room for it."""
-    ray = need("ray", "ray")
-    try:
-        return ray.put(numbers)
-    except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
-        raise RolloutError(
-            f"Ray has no room for the weights ({first_line(error)}) Give its nodes more: ray start "
-            "--object-store-memory, or room on the disk that it spills to."
-        ) from error

@@ -11,6 +11,7 @@ import hmac
 import itertools
 import pickle
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -31,7 +32,7 @@ class LineLost(Exception):
     """The connection is gone, or was never there."""
 
 
-class _Messages(asyncio.Protocol):
+class _Messages(asyncio.Protocol, ABC):
     """One end of a connection: whole messages in, whole messages out."""
 
     transport: Any
@@ -47,8 +48,9 @@ class _Messages(asyncio.Protocol):
         for message in self._whole():
             self.heard(pickle.loads(message))
 
+    @abstractmethod
     def heard(self, message: Any) -> None:
-        raise NotImplementedError
+        """What to do with a message that came."""
 
     def say(self, message: Any) -> None:
         """Send it, unless nobody is there any more."""
