@@ -160,7 +160,7 @@ def test_where_a_score_is_read_does_not_depend_on_what_follows_the_row(tmp_path:
     alone = last_scores(module, row[None], lengths)
     for filling in (0, int(row[-1]), tokenizer.pad_token_id):
         padded = torch.cat([row, torch.full((9,), filling)])[None]
-        torch.testing.assert_close(last_scores(module, padded, lengths), alone, atol=1e-6, rtol=0)
+        torch.testing.assert_close(last_scores(module, padded, lengths), alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("style", ["tiny", "gpt2, one special token", "gemma, padding of its own"])
