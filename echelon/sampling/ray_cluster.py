@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,8 @@ RANK = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|TORCHELASTIC_.*")
 
 def guard(settings: RayConfig) -> None:
     """Have a cluster that is started here ask for a token, by which the ranks of this machine join it. Ray reads this
-    once, when it is imported."""
-    if not address_of(settings):
+    once, when it is imported; who has done that before has decided."""
+    if not address_of(settings) and "ray" not in sys.modules:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
