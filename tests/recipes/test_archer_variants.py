@@ -542,7 +542,7 @@ def apprentice(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LONGER = ("--steps", 22, "--warmup-steps", 10)
 LEARNED: dict[str, tuple[object, ...]] = {
     "implicit Q-learning": ("--value-actions", "replayed", "--expectile", 0.8),
-    "regression on replayed actions": ("--value-actions", "replayed", *AWR, "--policy.awr-beta", 10),
+    "regression on replayed actions": ("--value-actions", "replayed", *AWR, "--policy.awr-beta", 10, "--steps", 26),
     "filtered cloning": (*CLONING, "--actor-top", 0.2),
     "CHAI": ("--freeze-actor", "--candidates", 5, "--value-actions", "replayed"),
     "Q instead of the advantage": ("--credit", "q"),
