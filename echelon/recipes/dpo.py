@@ -26,6 +26,7 @@ from echelon.errors import CheckpointError, DataError
 from echelon.models.lm import check_end_to_end, lays_end_to_end, load_tokenizer, shares_prompts, token_logprobs
 from echelon.ops import losses, preference
 from echelon.rollout.evaluate import bootstrap
+from echelon.rollout.learners import learner_of
 from echelon.rollout.memory import Plan
 from echelon.rollout.setup import Pupil, describe, model_path, open_actor, open_pupil, set_threads
 from echelon.train.fit import StageConfig, fit, total_steps
@@ -75,15 +76,7 @@ def main(cfg: Config) -> None:
     train, notes = render(actor.renderer, data.train)
     held_out, more_notes = render(actor.renderer, data.held_out)
     steps = total_steps(cfg, len(train))
-    learner = Learner(
-        actor.module,
-        cfg.optim,
-        total_steps=steps,
-        resident=False,
-        place=actor.place,
-        name="actor",
-        tokenizer=actor.tokenizer,
-    )
+    learner = learner_of(actor, cfg.optim, steps)
     if lays_end_to_end(actor.module):
         learner.read(check_end_to_end)
     share = learner.read(shares_prompts)

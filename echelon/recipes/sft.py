@@ -21,6 +21,7 @@ from echelon.data.packing import Batch, group_rows, pack, pack_documents
 from echelon.errors import DataError
 from echelon.models.lm import check_end_to_end, check_masks, lays_end_to_end, token_logprobs
 from echelon.ops import losses
+from echelon.rollout.learners import learner_of
 from echelon.rollout.memory import Plan
 from echelon.rollout.setup import Pupil, describe, open_pupil, set_threads
 from echelon.rollout.untrained import untrained
@@ -52,15 +53,7 @@ def main(cfg: Config) -> None:
     train = tokenised(data.train, actor, cfg, notes)
     held_out = tokenised(data.held_out, actor, cfg, notes, what="held-out conversations")
     steps = total_steps(cfg, len(train))
-    learner = Learner(
-        actor.module,
-        cfg.optim,
-        total_steps=steps,
-        resident=False,
-        place=actor.place,
-        name="actor",
-        tokenizer=actor.tokenizer,
-    )
+    learner = learner_of(actor, cfg.optim, steps)
     lay_out = layout(cfg, learner)
     if cfg.dry_run:
         print(*notes, sep="\n", end="\n" if notes else "")

@@ -1,4 +1,5 @@
-"""What learns beside a policy that writes tokens: a value model that reads them, texts the policy goes on imitating.
+"""What learns: a model that nobody plays with; and beside a policy that writes tokens, a value model that reads them,
+texts the policy goes on imitating.
 
 Opens and reads; how they learn is in `echelon.train`.
 """
@@ -8,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from echelon.config import DataConfig, LoraConfig, ModelConfig
+from echelon.config import DataConfig, LoraConfig, ModelConfig, OptimConfig
 from echelon.data.conversations import imitated
 from echelon.data.datasets import load_rows
 from echelon.data.packing import Batch, pack
 from echelon.errors import DataError
 from echelon.models.heads import TokenValue
 from echelon.models.reward import open_reward_module
-from echelon.rollout.setup import Actor, model_path, task_batch
+from echelon.rollout.setup import Actor, Pupil, model_path, task_batch
 from echelon.seeds import derive_seed
+from echelon.train.learner import Learner
 
 
 def open_value(actor: Actor, path: str, *, model: ModelConfig, lora: LoraConfig, seed: int) -> TokenValue:
@@ -33,6 +35,19 @@ def open_value(actor: Actor, path: str, *, model: ModelConfig, lora: LoraConfig,
             "tokens the policy writes. Give a model with the same tokenizer, or leave value_path out."
         )
     return TokenValue.from_scorer(scorer)
+
+
+def learner_of(pupil: Pupil, optim: OptimConfig, steps: int) -> Learner:
+    """What trains a pupil for so many optimizer steps, the only reader of its weights."""
+    return Learner(
+        pupil.module,
+        optim,
+        total_steps=steps,
+        resident=False,
+        place=pupil.place,
+        name="actor",
+        tokenizer=pupil.tokenizer,
+    )
 
 
 def ptx_batches(ptx: DataConfig, actor: Actor, *, rows: int, seed: int) -> Callable[[int], Batch] | None:

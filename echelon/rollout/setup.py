@@ -93,7 +93,7 @@ def open_actor(
 
 
 def open_pupil(model: ModelConfig, *, lora: LoraConfig, max_tokens: int, settings: DistConfig) -> Pupil:
-    """Load a model that nobody reads but its learner, which must not be resident; its tokenizer may lack a template.
+    """Load a model that nobody reads but its learner (`learners.learner_of`); its tokenizer may lack a template.
     Whether it keeps rows that are laid end to end apart has not been checked.
 
     Where ranks will hold parts of it, rank 0 alone reads the weights, to its host; the others have shapes until they

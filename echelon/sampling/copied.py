@@ -15,8 +15,13 @@ from echelon.errors import ConfigError
 from echelon.models import lora
 
 
+def processes() -> int:
+    """How many ranks this run has, each of which draws for itself."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def check_copyable(module: nn.Module, sampler: str) -> None:
-    """Raise ConfigError for a module whose full weights one process cannot give to this kind of sampler."""
+    """Raise ConfigError for a module whose weights cannot be copied for this kind of sampler."""
     if getattr(module, "is_quantized", False):
         raise ConfigError(
             f"sampling.sampler = {sampler}: it draws from a copy of the weights that learn, and model.quantization "
@@ -26,7 +31,7 @@ def check_copyable(module: nn.Module, sampler: str) -> None:
 
 def check_alone(sampler: str) -> None:
     """Raise ConfigError on several ranks, for an engine that one process gives weights and asks."""
-    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    if (ranks := processes()) > 1:
         raise ConfigError(
             f"sampling.sampler = {sampler}: one process gives it weights and asks it, and this run has {ranks} ranks. "
             "Use --sampler local, vllm or ray, or start it without torchrun."

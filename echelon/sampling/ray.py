@@ -45,6 +45,10 @@ PATIENCE = 10.0
 """Seconds that the very first requests wait for all workers to have started, rather than go to those that have."""
 HOMES = 1 << 16
 """Conversations of which it is remembered who has them."""
+SAYS_WHY = 2.0
+"""Seconds that Ray is given to say what became of a worker."""
+NAMES = itertools.count()
+"""By which workers know models."""
 
 T = TypeVar("T")
 
@@ -141,12 +145,6 @@ class RaySampler:
             weakref.finalize(self, pool.thread.soon, pool.close, model).atexit = False
             self._pool = pool
         return self._pool
-
-
-SAYS_WHY = 2.0
-"""Seconds that Ray is given to say what became of a worker."""
-NAMES = itertools.count()
-"""By which workers know models."""
 
 
 @dataclass(slots=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from echelon.config import RayConfig
-from echelon.errors import need
+from echelon.errors import RolloutError, need
 from echelon.models import lora
 from echelon.sampling import wire
 from echelon.sampling.cache import default_budget
@@ -55,6 +55,8 @@ class Worker:
 
     async def sample(self, name: int, prompt: list[int], params: SamplingParams, number: int) -> Completion:
         """What a model answers (`Held.sample`)."""
+        if name in self.closed:
+            raise RolloutError("it was asked of a model that is closed")
         return await self._named(name).sample(prompt, params, number)
 
     async def close(self, name: int) -> None:

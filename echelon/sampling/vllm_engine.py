@@ -28,6 +28,7 @@ from echelon.errors import ConfigError, DataError, EchelonError, RolloutError, n
 from echelon.models import lora
 from echelon.models.lm import evaluating, first_line
 from echelon.sampling.cache import bytes_per_key
+from echelon.sampling.copied import processes
 from echelon.sampling.ends import Ending
 from echelon.types import Completion, SamplingParams
 
@@ -364,7 +365,7 @@ def _open(folder: str, engine: Engine) -> Any:
             trust_remote_code=type(whole).__module__.startswith("transformers_modules"),  # then its code runs already
             dtype=str(weight.dtype).removeprefix("torch."),
             enforce_eager=weight.device.type == "cpu",
-            distributed_executor_backend="external_launcher" if several() else "uni",
+            distributed_executor_backend="external_launcher" if processes() > 1 else "uni",
             async_scheduling=False,
             max_model_len=engine.longest,
             max_num_seqs=engine.concurrency,
@@ -377,11 +378,6 @@ def _open(folder: str, engine: Engine) -> Any:
             **_room_for_adapters(engine),
         )
     )
-
-
-def several() -> bool:
-    """Whether this process is one of several ranks, each of which has a vLLM of its own."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _room_for_adapters(engine: Engine) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class _Messages(asyncio.Protocol, ABC):
         self.transport = transport  # uvloop's, in a worker of Ray
 
     def data_received(self, data: bytes) -> None:
+        """Unpickle, so call it only with what comes from somebody who is trusted."""
         self._come += data
         for message in self._whole():
             self.heard(pickle.loads(message))
@@ -79,6 +80,7 @@ class Listener(_Messages):
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     def data_received(self, data: bytes) -> None:
+        """The secret first; who shows another one is cut off, and nothing of theirs is unpickled."""
         if self._known:
             return super().data_received(data)
         self._come += data
@@ -141,6 +143,7 @@ class Line(_Messages):
         self.transport.abort()
 
     def heard(self, message: Any) -> None:
+        """A number, whether there is an answer, and that answer or what was raised."""
         number, fine, said = message
         waiting = self._open.get(number)
         if waiting is None or waiting.done():

@@ -29,7 +29,7 @@ from echelon.rollout.critics import saved_critic
 from echelon.rollout.setup import open_actor
 from echelon.train.policy import PolicyConfig
 from tests.models.test_encoder import small_bert
-from tests.recipes.conftest import Run, Train, made, recorded, taught
+from tests.recipes.conftest import Run, Train, made, taught
 from tests.test_docs import CODE, ROOT, columns, prose
 
 PAGE = ROOT / "docs" / "algorithms" / "archer.md"
@@ -531,18 +531,10 @@ def test_off_line_it_beats_cloning_of_the_same_file(
     assert run.rows()[-1]["eval/return"] > earned + 0.06
 
 
-@pytest.fixture(scope="module")
-def apprentice(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model that opens every other door."""
-    env, folder = load_env("text_lock", {"doors": 2, "keys": 3}), tmp_path_factory.mktemp("doors")
-    games = recorded(env, ("optimal", "random", "random"), 96, folder / "games.jsonl")
-    return taught(made(env, folder / "model", layers=1), games, folder / "run", epochs=24)
-
-
 LONGER = ("--steps", 22, "--warmup-steps", 10)
 LEARNED: dict[str, tuple[object, ...]] = {
     "implicit Q-learning": ("--value-actions", "replayed", "--expectile", 0.8),
-    "regression on replayed actions": ("--value-actions", "replayed", *AWR, "--policy.awr-beta", 10, "--steps", 26),
+    "regression on replayed actions": ("--value-actions", "replayed", *AWR, "--policy.awr-beta", 10),
     "filtered cloning": (*CLONING, "--actor-top", 0.2),
     "CHAI": ("--freeze-actor", "--candidates", 5, "--value-actions", "replayed"),
     "Q instead of the advantage": ("--credit", "q"),
@@ -570,13 +562,11 @@ LEARNED: dict[str, tuple[object, ...]] = {
 def test_on_line_it_learns_which_key_fits_which_door(
     train: Train, apprentice: Path, tmp_path: Path, variant: str
 ) -> None:
-    """The share of doors opened, first three steps to last three, with seed 0: from 0.54 to 0.92 (implicit Q-learning),
-    0.99 (regression, filtered cloning, which has learned some by step 3), 0.96 to 0.98 (CHAI, Q, policy gradient, hard
-    targets, range, symlog, encoder), 0.82 (trunk), 0.75 (token baseline). With seeds 1 and 2 the encoder reaches 0.99
-    and 0.96, the trunk 0.85 and 0.67, the token baseline 0.90 and 0.87."""
+    """The share of doors opened, first three steps to last three, is 0.56 to 0.61 and 0.87 to 1.00 with seeds 0 to 2; on
+    the actor's trunk 0.91, 0.72, 0.93. Nothing is learned in the first eight steps, which warm up."""
     encoder = small_bert(tmp_path / "encoder", tokenizer=load_tokenizer(str(apprentice)), width=32)
     flags = ("--model.path", apprentice, "--env", "text_lock", "--env-settings", "doors=2", "keys=3")
-    flags += ("--sampling.max-tokens", 4, "--steps", 18, "--warmup-steps", 6, "--critic-updates", 16)
+    flags += ("--sampling.max-tokens", 4, "--steps", 20, "--warmup-steps", 8, "--critic-updates", 16)
     flags += ("--critic-episodes", 32, "--critic-optim.lr", 3e-3)
     flags += ("--policy.loss", "clipped", "--policy.epochs", 4, "--policy.optim.lr", 3e-3)
     changed = [encoder if flag == "ENCODER" else flag for flag in LEARNED[variant]]

@@ -37,9 +37,8 @@ from echelon.sampling import served
 from echelon.sampling.served import ServedSampler
 from echelon.train.learner import Learner
 from echelon.types import SamplingParams
-from tests.recipes.doors import GAME, TEMPLATES
 from tests.sampling.conformance import check_sampler
-from tests.sampling.test_vllm import ask, ids, mismatch, small
+from tests.sampling.test_vllm import ask, check_feedback_learns, ids, mismatch, small
 from tests.sampling.test_vllm_server import _answers
 
 GENERATE = "/inference/v1/generate"
@@ -702,20 +701,7 @@ def test_log_probs_of_vllms_server_are_the_trainers_for_each_adapter_after_each_
 @pytest.mark.vllm
 @needs_vllm
 def test_both_levels_of_feedback_learn_through_one_server(lora_server: str, tmp_path: Path) -> None:
-    module, tokenizer = small()
-    module.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    words = ["feedback", "--solver.model.path", tmp_path / "model", "--env", GAME, "--out", tmp_path / "run"]
-    words += ["--weights", "adapters", "--lora.rank", 4, "--tasks-per-step", 2, "--attempts", 2, "--steps", 2]
-    words += ["--threads", 1, *(word for name in TEMPLATES for word in (f"--templates.{name}", TEMPLATES[name]))]
-    said = {"sampler": "server", "adapters": "apart", "max-tokens": 3, "max-prompt-tokens": 90}
-    said |= {"server.url": lora_server, "server.folder": str(tmp_path / "weights")}
-    for level in ("solver", "coach"):
-        words += [word for name in said for word in (f"--{level}.sampling.{name}", said[name])]
-    assert cli.main([str(word) for word in words]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 2
-    assert all(row[f"{level}/first_mismatch"] <= 1e-4 for row in rows for level in ("solver", "coach")), rows
+    check_feedback_learns(tmp_path, "server", **{"server.url": lora_server, "server.folder": tmp_path / "weights"})
     assert list((tmp_path / "weights").iterdir()) == []
 
 

@@ -29,6 +29,7 @@ from echelon.sampling.local import LocalSampler
 from echelon.sampling.vllm import VllmSampler
 from echelon.train.learner import Learner
 from echelon.types import Completion, SamplingParams
+from tests.recipes.doors import GAME, TEMPLATES
 from tests.sampling.conformance import check_sampler
 
 pytestmark = [
@@ -150,6 +151,23 @@ def broken(sampler: VllmSampler) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def check_feedback_learns(tmp_path: Path, sampler: str, **settings: object) -> None:
+    """Two steps of both levels, each with an adapter of its own, drawing from this sampler."""
+    module, tokenizer = small()
+    module.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ["feedback", "--solver.model.path", tmp_path / "model", "--env", GAME, "--out", tmp_path / "run"]
+    words += ["--weights", "adapters", "--lora.rank", 4, "--tasks-per-step", 2, "--attempts", 2, "--steps", 2]
+    words += ["--threads", 1, *(word for name in TEMPLATES for word in (f"--templates.{name}", TEMPLATES[name]))]
+    said = {"sampler": sampler, "adapters": "apart", "max-tokens": 3, "max-prompt-tokens": 90} | settings
+    for level in ("solver", "coach"):
+        words += [word for name in said for word in (f"--{level}.sampling.{name}", said[name])]
+    assert cli.main([str(word) for word in words]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert all(row[f"{level}/first_mismatch"] <= 1e-4 for row in rows for level in ("solver", "coach")), rows
 
 
 def test_starting_leaves_the_process_as_it_was(place: Place) -> None:

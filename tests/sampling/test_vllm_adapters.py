@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import nn
 
-from echelon import cli
 from echelon.config import DistConfig, LoraConfig, OptimConfig, SamplingConfig
 from echelon.data.packing import Sampled, pack
 from echelon.errors import ConfigError, DataError, RolloutError
@@ -29,9 +28,8 @@ from echelon.sampling import vllm_engine
 from echelon.sampling.vllm import VllmSampler
 from echelon.train.learner import Learner
 from echelon.types import Completion, SamplingParams
-from tests.recipes.doors import GAME, TEMPLATES
 from tests.sampling.conformance import check_sampler
-from tests.sampling.test_vllm import Request, Watched, ask, ids, mismatch, small
+from tests.sampling.test_vllm import Request, Watched, ask, check_feedback_learns, ids, mismatch, small
 
 pytestmark = [
     pytest.mark.vllm,
@@ -283,17 +281,5 @@ def test_both_levels_of_feedback_learn_through_one_vllm(tmp_path: Path, monkeypa
     started: list[Any] = []
     start = vllm_engine._open
     monkeypatch.setattr(vllm_engine, "_open", lambda *given: started.append(start(*given)) or started[-1])
-    module, tokenizer = small()
-    module.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    words = ["feedback", "--solver.model.path", tmp_path / "model", "--env", GAME, "--out", tmp_path / "run"]
-    words += ["--weights", "adapters", "--lora.rank", 4, "--tasks-per-step", 2, "--attempts", 2, "--steps", 2]
-    words += ["--threads", 1, *(word for name in TEMPLATES for word in (f"--templates.{name}", TEMPLATES[name]))]
-    said = {"sampler": "vllm", "adapters": "apart", "cache-tokens": 2048, "max-tokens": 3, "max-prompt-tokens": 90}
-    for level in ("solver", "coach"):
-        words += [word for name in said for word in (f"--{level}.sampling.{name}", said[name])]
-    assert cli.main([str(word) for word in words]) == 0
+    check_feedback_learns(tmp_path, "vllm", **{"cache-tokens": 2048})
     assert len(started) == 1
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 2
-    assert all(row[f"{level}/first_mismatch"] <= 1e-4 for row in rows for level in ("solver", "coach")), rows
