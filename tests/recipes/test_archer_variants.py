@@ -562,7 +562,7 @@ LEARNED: dict[str, tuple[object, ...]] = {
 def test_on_line_it_learns_which_key_fits_which_door(
     train: Train, apprentice: Path, tmp_path: Path, variant: str
 ) -> None:
-    """The share of doors opened, first three steps to last three, is 0.56 to 0.61 and 0.87 to 1.00 with seeds 0 to 2; on
+    """The share of doors opened, first three steps to last three: 0.56 to 0.61, and 0.87 to 1.00 with seeds 0 to 2; on
     the actor's trunk 0.91, 0.72, 0.93. Nothing is learned in the first eight steps, which warm up."""
     encoder = small_bert(tmp_path / "encoder", tokenizer=load_tokenizer(str(apprentice)), width=32)
     flags = ("--model.path", apprentice, "--env", "text_lock", "--env-settings", "doors=2", "keys=3")
