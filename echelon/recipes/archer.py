@@ -36,6 +36,7 @@ from echelon.ops import bellman
 from echelon.ops.masked import explained_variance, masked_whiten
 from echelon.ops.scales import Scale
 from echelon.rollout.ahead import Level, Played, Player, Rollouts, Run, check_ahead
+from echelon.rollout.candidates import choosing
 from echelon.rollout.critics import new_critic
 from echelon.rollout.evaluate import rollout_metrics, summarise
 from echelon.rollout.memory import Engine, Plan
@@ -160,9 +161,17 @@ class Config(TrainConfig):
         demand(self, "gamma", 0 <= self.gamma <= 1, "a discount lies between 0 and 1. Try 0.95.")
         demand(self, "tau", 0 < self.tau <= 1, "the target would never move, or overshoot. Give a number in (0, 1].")
         demand(self, "offline", "" not in self.offline, "a file has a name. Give the transitions to learn from.")
-        check_ahead(self, self.asynchronous, self.model, self.lora, self.sampling)
+        check_ahead(self, self.asynchronous, self.model, self.lora, self.sampling, now=draws_anew(self))
         _check_critic(self)
         _check_actor(self)
+
+
+def draws_anew(cfg: Config) -> str:
+    """The setting, if any, that has the actor of now sampled from besides what is played."""
+    if cfg.critic_updates and cfg.value_actions == "fresh":
+        return "value_actions = fresh"
+    fresh = cfg.actor_states == "replay" and cfg.actor_actions == "fresh" and not cfg.freeze_actor
+    return "actor_actions = fresh" if fresh else ""
 
 
 def _check_critic(cfg: Config) -> None:
@@ -184,8 +193,9 @@ def _check_actor(cfg: Config) -> None:
     in_turn = not cfg.asynchronous.max_staleness
     because = "off-line there is nothing to play ahead. Leave it out."
     demand(cfg, "asynchronous.max_staleness", in_turn or not cfg.offline, because)
-    because = "the critic that picks among candidates learns meanwhile. Set candidates = 1, or leave it out."
-    demand(cfg, "asynchronous.max_staleness", in_turn or cfg.candidates == 1, because)
+    apart = cfg.candidates == 1 or cfg.critic_body != "actor"
+    because = "the critic that picks reads with the actor's body, which learns meanwhile. Set critic_body = own."
+    demand(cfg, "asynchronous.max_staleness", in_turn or apart, because)
     replayed, frozen = cfg.actor_states == "replay", cfg.freeze_actor
     because = "what the critic picked is not what the actor would draw. Set actor_states = replay, or freeze_actor."
     demand(cfg, "candidates", cfg.candidates == 1 or replayed or frozen, because)
@@ -218,17 +228,23 @@ def main(cfg: Config) -> None:
         levels.replay.add(read_transitions(cfg.offline, actor.role.renderer, gamma=cfg.gamma, n_step=cfg.n_step))
     if cfg.dry_run:
         sampled = 0 if cfg.offline else cfg.episodes_per_step * cfg.max_turns * cfg.sampling.max_tokens
-        engines = {"actor": Engine(actor.sampler, cfg.sampling, cfg.asynchronous.max_staleness)}
-        plan = Plan(levels.parts(), cfg.dist, cfg.tokens_per_pass, engines)
+        ahead = cfg.asynchronous.max_staleness
+        engines = {"actor": Engine(actor.sampler, cfg.sampling, ahead)}
+        copies = {"critic": (levels.online, ahead)} if cfg.candidates > 1 else {}
+        plan = Plan(levels.parts(), cfg.dist, cfg.tokens_per_pass, engines, copies)
         return describe({"actor": actor.module, "critic": levels.online}, tokens_per_step=sampled, plan=plan)
 
-    play, level = player(cfg, env, levels), Level(actor, levels.policy, cfg.sampling)
+    play, level = player(cfg, env), Level(actor, levels.policy, cfg.sampling)
+    if cfg.candidates > 1:
+        score = partial(critic_score, tokens_per_pass=cfg.tokens_per_pass)
+        level = choosing(actor, levels.policy, cfg.sampling, levels.online, score, cfg.candidates)
     rollouts = Rollouts(cfg.asynchronous, {"actor": level}, play, steps=cfg.steps, read=Played.from_json)
+    publish = levels.publish if draws_anew(cfg) else rollouts.publish
     parts = levels.parts() | rollouts.parts()
     checkpoints = Checkpoints(Path(cfg.out), config=cfg, keep_last=cfg.keep_last, resume=cfg.resume)
     with checkpoints, rollouts:
         start = checkpoints.restore(parts)[0] if cfg.resume else 0
-        levels.publish()
+        publish()
         if not cfg.resume:
             checkpoints.save(0, parts)
         with Log(Path(cfg.out), total=cfg.steps, start=start, name="archer", config=cfg.log, settings=cfg) as log:
@@ -245,11 +261,11 @@ def main(cfg: Config) -> None:
                 judged, columns = judgement(cfg, levels, batch, turns, mc_returns(found))
                 if step >= cfg.warmup_steps and not cfg.freeze_actor:
                     metrics |= update_actor(cfg, step, levels, batch, rollouts.stale("actor"))
-                levels.publish()
+                publish()
 
                 played = rollout_metrics(episodes) if episodes else {}
                 if cfg.offline and cfg.env and step + 1 == cfg.steps:
-                    played = tested(play({"actor": levels.role}, step, asyncio.run).episodes)
+                    played = tested(play({"actor": level.actor.role}, step, asyncio.run).episodes)
                 log.metrics(step, {**played, **metrics, **judged})
                 log.episodes(step, episode_rows(episodes[:8], decode=decoders(actor.role), per_turn=columns))
                 if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
@@ -311,16 +327,13 @@ def tested(episodes: Sequence[Episode]) -> dict[str, float]:
     return {f"eval/{name}": found.mean for name, found in summarise(episodes).items()}
 
 
-def player(cfg: Config, env: EnvSpec | None, levels: Levels) -> Player[Played]:
+def player(cfg: Config, env: EnvSpec | None) -> Player[Played]:
     """Plays the episodes of a step: the actor, and after the warm-up the critic's choice among what it proposes.
 
     On-line those are games to train on, off-line the first ones to be tested on.
     """
     if env is None:
         return lambda roles, step, run: Played([])
-    score = critic_score(levels.online, tokens_per_pass=cfg.tokens_per_pass)
-    chooser = Chooser(levels.role.sampler, score, cfg.candidates)
-    choosing = Role("actor", chooser, levels.role.renderer, levels.role.params)
     tasks = env.tasks("test" if cfg.offline else "train")
 
     def play(roles: Mapping[str, Role], step: int, run: Run) -> Played:
@@ -328,10 +341,14 @@ def player(cfg: Config, env: EnvSpec | None, levels: Levels) -> Player[Played]:
             chosen = [tasks[place % len(tasks)] for place in range(cfg.episodes_per_step)]
         else:
             chosen = task_batch(tasks, step, cfg.episodes_per_step, seed=cfg.seed)
-        role = choosing if cfg.candidates > 1 and step >= cfg.warmup_steps else roles["actor"]
+        role = roles["actor"]
+        chooser = role.sampler if isinstance(role.sampler, Chooser) else None
+        if chooser is not None and step < cfg.warmup_steps:
+            role = Role(role.name, chooser.sampler, role.renderer, role.params)
         loop, seed = env_loop(env.make, role, max_turns=cfg.max_turns), derive_seed(cfg.seed, step)
         episodes = run(collect(chosen, loop, seed=seed, error_budget=cfg.error_budget))
-        chooser.take()  # what was not said is not learned from
+        if chooser is not None:
+            chooser.take()  # what was not said is not learned from
         return Played(episodes)
 
     return play
@@ -388,7 +405,7 @@ def update_actor(cfg: Config, step: int, levels: Levels, played: Batch, stale: S
     logged = []
     stale = stale if cfg.actor_states == "rollout" else None
     for number in range(cfg.actor_updates):
-        if number:
+        if number and draws_anew(cfg):
             levels.publish()
         again = (number,) if number else ()
         batch = actor_batch(cfg, levels, played, seed=derive_seed(cfg.seed, "actor", step, *again))

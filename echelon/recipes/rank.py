@@ -13,7 +13,7 @@ instead of with a value model, unless `baseline: value`; KL to the start is esti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,13 +33,13 @@ from echelon.models.lm import attention_inputs, hidden_states
 from echelon.models.ranker import Ranker
 from echelon.ops import bellman, credit, losses, ranking
 from echelon.ops.masked import explained_variance, masked_var
-from echelon.rollout.ahead import Level, Player, Rollouts, Run, check_ahead
-from echelon.rollout.candidates import Offered, candidate_loop, choices, new_ranker, offer_rows
+from echelon.rollout.ahead import Player, Rollouts, Run, check_ahead
+from echelon.rollout.candidates import Offered, candidate_loop, choices, choosing, new_ranker, offer_rows
 from echelon.rollout.evaluate import rollout_metrics
 from echelon.rollout.memory import Engine, Plan
 from echelon.rollout.rewards import Rewards, open_rewards, open_tasks
 from echelon.rollout.roles import Role, collect, decoders
-from echelon.rollout.setup import Actor, describe, open_actor, open_copy, set_threads, task_batch
+from echelon.rollout.setup import Actor, describe, open_actor, set_threads, task_batch
 from echelon.sampling.candidates import Chooser, Offer, lay_candidates, q_of, q_values, ranker_score
 from echelon.seeds import derive_seed
 from echelon.text.chat import Example
@@ -173,7 +173,8 @@ def main(cfg: Config) -> None:
         return describe({"actor": actor.module, "ranker": levels.online}, tokens_per_step=sampled, plan=plan)
 
     play, out = player(cfg, env, rewards), Path(cfg.out)
-    level = acting(cfg, actor, levels)
+    score = partial(ranker_score, tokens_per_pass=cfg.tokens_per_pass)
+    level = choosing(actor, levels.policy, cfg.sampling, levels.online, score, cfg.candidates)
     rollouts = Rollouts(cfg.asynchronous, {"actor": level}, play, steps=cfg.steps, read=Offered.from_json)
     parts = levels.parts() | rollouts.parts()
     checkpoints = Checkpoints(out, config=cfg, keep_last=cfg.keep_last, resume=cfg.resume)
@@ -202,23 +203,6 @@ def main(cfg: Config) -> None:
                 log.episodes(step, offer_rows(rows, episodes[:8], offers))
                 if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
                     checkpoints.save(step + 1, parts)
-
-
-def acting(cfg: Config, actor: Actor, levels: Levels) -> Level:
-    """Who plays: the generator, through a chooser by the ranker. A copy has a ranker of its own, which is handed over
-    with the generator's weights."""
-
-    def chosen(role: Role, ranker: Ranker, follow: Callable[[], None] = lambda: None) -> Role:
-        score = ranker_score(ranker, tokens_per_pass=cfg.tokens_per_pass)
-        chooser = Chooser(role.sampler, score, cfg.candidates, follow=follow)
-        return Role(role.name, chooser, role.renderer, role.params)
-
-    def copied() -> Role:
-        twin = levels.online.target()
-        return chosen(open_copy(actor, cfg.sampling), twin, partial(bellman.hard_copy_, twin, levels.online))
-
-    role = chosen(actor.role, levels.online)
-    return Level(replace(actor, sampler=role.sampler, role=role), levels.policy, cfg.sampling, copied)
 
 
 def player(cfg: Config, env: EnvSpec, rewards: Rewards) -> Player[Offered]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -16,16 +17,20 @@ import yaml
 from echelon.config import LoraConfig, ModelConfig, SamplingConfig
 from echelon.data.candidates import Choice, Options
 from echelon.errors import CheckpointError, DataError
+from echelon.models.heads import UtteranceCritic
 from echelon.models.lm import load_tokenizer
 from echelon.models.ranker import Ranker
-from echelon.rollout.ahead import Played
+from echelon.ops import bellman
+from echelon.rollout.ahead import Level, Played
 from echelon.rollout.plays import env_loop
 from echelon.rollout.roles import Role
-from echelon.rollout.setup import Actor, model_path, open_actor
-from echelon.sampling.candidates import Chooser, Offer
+from echelon.rollout.setup import Actor, model_path, open_actor, open_copy
+from echelon.sampling.candidates import Chooser, Offer, Score
 from echelon.seeds import derive_seed
-from echelon.train.learner import load_module
+from echelon.train.learner import Learner, load_module
 from echelon.types import Env, Episode, Play, Task, Turn
+
+Critic = TypeVar("Critic", Ranker, UtteranceCritic)
 
 
 @dataclass(slots=True)
@@ -44,6 +49,31 @@ class Offered(Played):
         played = Played.from_json(saved)
         offers = {int(seed): Offer.from_json(each) for seed, each in saved["offers"].items()}
         return cls(played.episodes, played.metrics, offers)
+
+
+def choosing(
+    actor: Actor,
+    learner: Learner,
+    sampling: SamplingConfig,
+    critic: Critic,
+    score: Callable[[Critic], Score],
+    candidates: int,
+) -> Level:
+    """Who plays: the actor, through a chooser by what the critic says of its candidates.
+
+    A copy that plays ahead has a critic of its own, which is handed over with the actor's weights.
+    """
+
+    def chosen(role: Role, critic: Critic, follow: Callable[[], None] = lambda: None) -> Role:
+        chooser = Chooser(role.sampler, score(critic), candidates, follow=follow)
+        return Role(role.name, chooser, role.renderer, role.params)
+
+    def copied() -> Role:
+        twin: Critic = critic.target()
+        return chosen(open_copy(actor, sampling), twin, partial(bellman.hard_copy_, twin, critic))
+
+    role = chosen(actor.role, critic)
+    return Level(replace(actor, sampler=role.sampler, role=role), learner, sampling, copied)
 
 
 def candidate_loop(make: Callable[[Task], Env], actor: Role, chooser: Chooser, *, max_turns: int = 1000) -> Play:

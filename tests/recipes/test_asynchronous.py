@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,17 @@ from safetensors.torch import load_file
 
 from echelon.config import ModelConfig, SamplingConfig
 from echelon.data.candidates import Options
+from echelon.data.packing import Sampled
+from echelon.data.replay import Replay
 from echelon.models.options import OptionScorer
-from echelon.recipes import rank, responder, tosca
+from echelon.recipes import archer, rank, responder, tosca
 from echelon.rollout.ahead import Played
 from echelon.rollout.setup import open_actor
+from echelon.sampling.candidates import Chooser, Offer, critic_score
 from echelon.sampling.choices import Strategist
 from echelon.seeds import derive_seed
 from echelon.train.strategy import option_table
+from echelon.types import Episode
 from tests.recipes.conftest import Run
 from tests.recipes.talk import Talk
 from tests.recipes.test_on_ray import EPISODES, LOW, RANK, RESPONDER, TOSCA
@@ -29,6 +33,7 @@ from tests.recipes.test_on_ray import FEEDBACK as PLAIN_FEEDBACK
 GRPO = ("grpo", "--tasks-per-step", 2, "--group-size", 4, "--policy.epochs", 2)
 PPO = ("ppo", "--episodes-per-step", 8, "--warmup-steps", 1, "--policy.epochs", 2, "--value-epochs", 2)
 ARCHER = ("archer", "--episodes-per-step", 8, "--warmup-steps", 1, "--critic-updates", 2, "--critic-episodes", 4)
+PICKED = ("--candidates", 3, "--value-actions", "replayed")
 CONTROL = ("control", "--method", "grpo", "--tasks-per-step", 2, "--group-size", 4)
 PLANNED = (*CONTROL, "--plan-every", 2, "--plan-tokens", 3)
 RECIPES = [pytest.param(GRPO, id="grpo"), pytest.param(PPO, id="ppo"), pytest.param(PLANNED, id="control")]
@@ -53,6 +58,7 @@ LEVELS = [
     pytest.param((*TOSCA, *TWO_ADAPTERS, "--no-high.centre"), id="tosca-adapters"),
     pytest.param((*TOSCA, "--choose", "random", "--mode", "lower"), id="tosca-random"),
     pytest.param((*RANK, "--ranker-optim.lr", 0), id="rank"),
+    pytest.param((*ARCHER, *PICKED, "--critic-optim.lr", 0), id="archer"),
 ]
 AHEAD = "--asynchronous.max-staleness"
 OWN = re.compile(r"(policy|solver|coach|low/policy)/(staleness|mismatch/kl|importance)(/.*)?")
@@ -110,6 +116,7 @@ def episodes(run: Run) -> list[dict[str, Any]]:
         pytest.param(GRPO, (AHEAD, 2, "--replacements", 2, "--asynchronous.correction", "sequence"), id="grpo-2"),
         pytest.param(PPO, (AHEAD, 1, "--shaping.kl-coef", 0.1), id="ppo"),
         pytest.param(ARCHER, (AHEAD, 1, "--actor-states", "rollout"), id="archer"),
+        pytest.param((*ARCHER, *PICKED), (AHEAD, 2, "--critic-optim.lr", 1e-2), id="archer-candidates"),
         pytest.param(CONTROL, (AHEAD, 1, "--method", "ppo", "--value", "text", "--eval-every", 2), id="control"),
         pytest.param(FEEDBACK, (AHEAD, 2, *GAP, "--schedule", "alternate", "--credit.utilisation", 0.1), id="feedback"),
         pytest.param(ADAPTERS, (AHEAD, 1, "--lora.dropout", 0.1), id="feedback-adapters"),
@@ -190,14 +197,30 @@ def test_more_steps_than_a_run_was_begun_with(train, game: list[str]) -> None:
         (GRPO, (AHEAD, -1), "max_staleness = -1: it counts steps."),
         (GRPO, (AHEAD, 1, "--model.quantization", "4bit"), "max_staleness = 1: what plays is a copy of the weights"),
         (PPO, (AHEAD, 1, "--sampler", "vllm", "--lora.dropout", 0.1), "max_staleness = 1: vLLM would disturb"),
-        (ARCHER, (AHEAD, 1, "--candidates", 2, "--freeze-actor"), "max_staleness = 1: the critic that picks"),
+        (ARCHER, (AHEAD, 1, *PICKED, "--critic-body", "actor"), "max_staleness = 1: the critic that picks"),
+        (
+            ARCHER,
+            (AHEAD, 1, *SERVED),
+            "max_staleness = 1: a server holds one set of weights, and value_actions = fresh",
+        ),
         (FEEDBACK, (AHEAD, 1, "--coach.model.quantization", "4bit"), "max_staleness = 1: what plays is a copy"),
         (FEEDBACK, (AHEAD, 2, "--stages", "from 0: attempts=2", "plateau 9: attempts=3"), "max_staleness = 2: nobody"),
         (FEEDBACK, (AHEAD, 1, "--credit.gap", 1, *SERVER), "max_staleness = 1: a server holds one set of weights"),
         (RESPONDER, (AHEAD, 1, *HELD_OUT, *SERVED), "max_staleness = 1: a server holds one set of weights, and eval_e"),
         (TOSCA, (AHEAD, 1, "--strategist.quantization", "8bit"), "max_staleness = 1: what plays is a copy"),
     ],
-    ids=["negative", "quantized", "dropout", "candidates", "coach", "plateau", "server", "held out", "strategist"],
+    ids=[
+        "negative",
+        "quantized",
+        "dropout",
+        "candidates",
+        "fresh",
+        "coach",
+        "plateau",
+        "server",
+        "held out",
+        "strategist",
+    ],
 )
 def test_what_cannot_run_ahead_is_refused_in_one_line(
     train, playing, capsys: pytest.CaptureFixture[str], recipe: Words, flags: Words, message: str
@@ -366,6 +389,41 @@ def test_candidates_are_chosen_by_the_ranker_of_so_many_steps_before(
     monkeypatch.setattr(rank, "learn", watched)
     train(*playing((*RANK, *adapter), "--steps", 5, AHEAD, 2, "--ranker-optim.lr", 1e-2, lr=1e-2))
     assert len(then) == 5
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--lora.rank", 2), ("--value-scale", "symlog")], ids=["whole", "adapter", "symlog"]
+)
+def test_utterances_are_picked_by_the_critic_of_so_many_steps_before(
+    train, playing, monkeypatch: pytest.MonkeyPatch, more: Words
+) -> None:
+    """And while the warm-up lasts by nobody."""
+    opened, remember, take = archer.open_levels, archer.remember, Chooser.take
+    levels: list[archer.Levels] = []
+    offers: dict[int, Offer] = {}
+    then, picked = [], []
+
+    def kept(chooser: Chooser) -> dict[int, Offer]:
+        found = take(chooser)
+        offers.update(found)
+        return found
+
+    def watched(cfg: archer.Config, step: int, episodes: Sequence[Episode], replay: Replay) -> Any:
+        then.append(levels[0].online.target())
+        asked = [offers[turn.seed] for episode in episodes for turn in episode.turns if turn.seed in offers]
+        picked.append(len(asked))
+        for offer in asked:
+            said = [Sampled(offer.prompt, each.tokens, each.logprobs) for each in offer.candidates]
+            expected = [critic_score(critic)(said) for critic in then]
+            assert offer.q == pytest.approx(expected[max(0, step - 2)], rel=1e-3, abs=1e-4)
+            assert all(offer.q != pytest.approx(each, rel=1e-3, abs=1e-4) for each in expected[max(0, step - 2) + 1 :])
+        return remember(cfg, step, episodes, replay)
+
+    monkeypatch.setattr(archer, "open_levels", lambda *given: levels.append(opened(*given)) or levels[0])
+    monkeypatch.setattr(archer, "remember", watched)
+    monkeypatch.setattr(Chooser, "take", kept)
+    train(*playing((*ARCHER, *PICKED, *more), "--steps", 5, AHEAD, 2, "--critic-optim.lr", 1e-2, lr=1e-2))
+    assert [count > 0 for count in picked] == [False, True, True, True, True]
 
 
 def test_candidates_that_older_weights_drew_are_corrected_once_the_generator_has_learned(train, playing) -> None:
