@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -159,13 +160,20 @@ def _parsed(package: str) -> dict[str, tuple[str, bool]]:
     found: dict[str, tuple[str, bool]] = {}
     for folder in (spec and spec.submodule_search_locations) or ():
         for file in Path(folder).glob("[!_]*.py"):
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            defined = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-            if {"Config", "main"} <= set(defined):
-                bases = {ast.unparse(base) for base in getattr(defined["Config"], "bases", ())}
-                line = (ast.get_docstring(tree) or "").partition("\n")[0]
-                found[file.stem.replace("_", "-")] = (line, bool(bases & TRAINS))
+            if told := _what_it_is(file):
+                found[file.stem.replace("_", "-")] = told
     return dict(sorted(found.items()))
+
+
+@functools.cache
+def _what_it_is(file: Path) -> tuple[str, bool] | None:
+    """Of a recipe's module, the first line of its docstring, and whether it trains; None for any other."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    defined = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    if not {"Config", "main"} <= set(defined):
+        return None
+    bases = {ast.unparse(base) for base in getattr(defined["Config"], "bases", ())}
+    return (ast.get_docstring(tree) or "").partition("\n")[0], bool(bases & TRAINS)
 
 
 def _usage(package: str) -> str:
@@ -225,11 +233,13 @@ def _run(recipe: str, words: list[str], package: str) -> None:
 
 def _module(recipe: str, package: str) -> Any:
     """The module of a recipe. Raises ConfigError where there is none of that name."""
-    known = recipes(package)
-    if recipe not in known:
+    name = f"{package}.{recipe.replace('-', '_')}"
+    found = importlib.util.find_spec(name) if recipe.replace("-", "").isidentifier() else None
+    if found is None or not _what_it_is(Path(str(found.origin))):
+        known = recipes(package)
         meant = did_you_mean(recipe, [*known, "list", "doctor", "launch", "completion"])
         raise ConfigError(f"unknown recipe '{recipe}'.{meant} There are: {', '.join(known)}.")
-    return importlib.import_module(f"{package}.{recipe.replace('-', '_')}")
+    return importlib.import_module(name)
 
 
 def _files_and_flags(module: Any, words: list[str]) -> tuple[list[str], list[str]]:
