@@ -64,8 +64,8 @@ def around(marked: Path, **more: str) -> dict[str, str]:
 
 
 def left(marked: Path) -> list[str]:
-    """The processes that still run of such a job, after half a minute at most."""
-    wanted, until = f"MARKED_BY={marked}\0".encode(), time.monotonic() + 30
+    """The processes that still run of such a job after two minutes: agents of Ray take long on a busy machine."""
+    wanted, until = f"MARKED_BY={marked}\0".encode(), time.monotonic() + 120
     while found := [process for process in Path("/proc").glob("[0-9]*") if wanted in read(process / "environ")]:
         if time.monotonic() > until:
             return [read(process / "cmdline").replace(b"\0", b" ").decode() for process in found]
@@ -194,7 +194,7 @@ def all_free() -> bool:
     """Whether all cores of the cluster are free again, within half a minute."""
     import ray
 
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while ray.available_resources().get("CPU") != 4.0:
         if time.monotonic() > until:
             return False
