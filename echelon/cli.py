@@ -156,13 +156,15 @@ def recipes(package: str = "echelon.recipes") -> dict[str, str]:
 
 def _parsed(package: str) -> dict[str, tuple[str, bool]]:
     """Recipe → first line of its docstring, and whether it trains, in alphabetical order."""
+    told = {name: _what_it_is(file) for name, file in sorted(_files(package).items())}
+    return {name: found for name, found in told.items() if found}
+
+
+def _files(package: str) -> dict[str, Path]:
+    """The modules that may be recipes, by the name that would be typed."""
     spec = importlib.util.find_spec(package)
-    found: dict[str, tuple[str, bool]] = {}
-    for folder in (spec and spec.submodule_search_locations) or ():
-        for file in Path(folder).glob("[!_]*.py"):
-            if told := _what_it_is(file):
-                found[file.stem.replace("_", "-")] = told
-    return dict(sorted(found.items()))
+    folders = (spec and spec.submodule_search_locations) or ()
+    return {file.stem.replace("_", "-"): file for folder in folders for file in Path(folder).glob("[!_]*.py")}
 
 
 @functools.cache
@@ -233,13 +235,12 @@ def _run(recipe: str, words: list[str], package: str) -> None:
 
 def _module(recipe: str, package: str) -> Any:
     """The module of a recipe. Raises ConfigError where there is none of that name."""
-    name = f"{package}.{recipe.replace('-', '_')}"
-    found = importlib.util.find_spec(name) if recipe.replace("-", "").isidentifier() else None
-    if found is None or not _what_it_is(Path(str(found.origin))):
+    file = _files(package).get(recipe)
+    if file is None or not _what_it_is(file):
         known = recipes(package)
         meant = did_you_mean(recipe, [*known, "list", "doctor", "launch", "completion"])
         raise ConfigError(f"unknown recipe '{recipe}'.{meant} There are: {', '.join(known)}.")
-    return importlib.import_module(name)
+    return importlib.import_module(f"{package}.{file.stem}")
 
 
 def _files_and_flags(module: Any, words: list[str]) -> tuple[list[str], list[str]]:

@@ -16,7 +16,6 @@ import re
 import runpy
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ import pytest
 
 from echelon import cli
 from echelon.train.launcher import _parse
+from echelon.train.on_ray import held_port
 from tests.desk import RECIPES, fewer, lender, stages_here
 from tests.sampling.test_vllm_server import _answers
 from tests.test_blocks import ALL, Block
@@ -396,22 +396,17 @@ CASES = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.mark.parametrize(("block", "needed"), CASES)
 def test_commands_run(block: Block, needed: str, desk: Path, shelf: Lend, serve: Callable[..., Server]) -> None:
     given(block, shelf, desk)
-    port = free_port()
-    swapped = {"host:29500": f"localhost:{port}", "--host 10.0.0.3": f"--host 127.0.0.1 --port {port}"}
-    swapped |= {"10.0.0.3:8000": f"127.0.0.1:{port}"}
-    if ENDPOINT in block.text:
-        swapped[ENDPOINT] = serve(answer="<action>1</action>").url
-    for line in tried(block)[needed]:
-        run(line, desk, swapped)
+    with held_port() as held:
+        port = held.getsockname()[1]
+        swapped = {"host:29500": f"localhost:{port}", "--host 10.0.0.3": f"--host 127.0.0.1 --port {port}"}
+        swapped |= {"10.0.0.3:8000": f"127.0.0.1:{port}"}
+        if ENDPOINT in block.text:
+            swapped[ENDPOINT] = serve(answer="<action>1</action>").url
+        for line in tried(block)[needed]:
+            run(line, desk, swapped)
 
 
 def test_every_block_is_run() -> None:

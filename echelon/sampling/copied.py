@@ -15,8 +15,8 @@ from echelon.errors import ConfigError
 from echelon.models import lora
 
 
-def processes() -> int:
-    """How many ranks this run has, each of which draws for itself."""
+def rank_count() -> int:
+    """How many ranks this run has, whether or not they have found each other yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -31,7 +31,7 @@ def check_copyable(module: nn.Module, sampler: str) -> None:
 
 def check_alone(sampler: str) -> None:
     """Raise ConfigError on several ranks, for an engine that one process gives weights and asks."""
-    if (ranks := processes()) > 1:
+    if (ranks := rank_count()) > 1:
         raise ConfigError(
             f"sampling.sampler = {sampler}: one process gives it weights and asks it, and this run has {ranks} ranks. "
             "Use --sampler local, vllm or ray, or start it without torchrun."

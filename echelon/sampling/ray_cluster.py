@@ -19,7 +19,7 @@ from typing import Any
 from echelon.config import RESERVED, RayConfig
 from echelon.errors import ConfigError, RolloutError, need
 from echelon.models.lm import first_line
-from echelon.sampling.copied import processes
+from echelon.sampling.copied import rank_count
 
 RANK = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|TORCHELASTIC_.*")
 """By these variables a process knows that it is one of several that train."""
@@ -103,7 +103,7 @@ def _without_rank() -> Iterator[None]:
 
 def own(settings: RayConfig) -> int:
     """How many of the workers this rank asks. Raises ConfigError where ranks cannot have as many each."""
-    ranks = processes()
+    ranks = rank_count()
     if settings.workers % ranks:
         raise ConfigError(
             f"sampling.ray.workers = {settings.workers}: each of {ranks} ranks asks workers of its own, as many as the "

@@ -28,7 +28,7 @@ from echelon.errors import ConfigError, DataError, EchelonError, RolloutError, n
 from echelon.models import lora
 from echelon.models.lm import evaluating, first_line
 from echelon.sampling.cache import bytes_per_key
-from echelon.sampling.copied import processes
+from echelon.sampling.copied import rank_count
 from echelon.sampling.ends import Ending
 from echelon.types import Completion, SamplingParams
 
@@ -365,7 +365,7 @@ def _open(folder: str, engine: Engine) -> Any:
             trust_remote_code=type(whole).__module__.startswith("transformers_modules"),  # then its code runs already
             dtype=str(weight.dtype).removeprefix("torch."),
             enforce_eager=weight.device.type == "cpu",
-            distributed_executor_backend="external_launcher" if processes() > 1 else "uni",
+            distributed_executor_backend="external_launcher" if rank_count() > 1 else "uni",
             async_scheduling=False,
             max_model_len=engine.longest,
             max_num_seqs=engine.concurrency,

@@ -45,8 +45,16 @@ class Here:
     machine: str
     address: str
     port: int
-    """On which nobody listened there."""
+    """That nobody else is given there (`held_port`)."""
     gpus: tuple[str, ...]
+
+
+def held_port() -> socket.socket:
+    """A socket whose port is given to nobody by chance while it is open; who names the port may listen on it."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("", 0))
+    return held
 
 
 class Host:
@@ -54,13 +62,12 @@ class Host:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
+        self.port = held_port()
 
     def where(self) -> Here:
         """This machine, and the GPUs that are booked on it."""
         ray = need("ray", "ray")
-        context = ray.get_runtime_context()
-        with socket.create_server(("", 0)) as free:
-            port = free.getsockname()[1]
+        context, port = ray.get_runtime_context(), self.port.getsockname()[1]
         gpus = tuple(str(each) for each in context.get_accelerator_ids().get("GPU", ()))
         return Here(context.get_node_id(), ray.util.get_node_ip_address(), port, gpus)
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from echelon.recipes.sft import loss_fn
 from echelon.rollout.candidates import run_settings
 from echelon.text.chat import Example, Renderer
 from echelon.train.learner import Learner
+from echelon.train.on_ray import held_port
 from tests.recipes.conftest import Train
 from tests.text.test_endpoint import KEY, Server, serve
 
@@ -341,9 +341,8 @@ def transformers_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
         pytest.skip("transformers serve needs transformers[serving]")
     folder = tmp_path_factory.mktemp("served")
     pushes_right(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    held = held_port()
+    port = held.getsockname()[1]
     words = [str(command), "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     server = subprocess.Popen(words, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **quiet)
@@ -355,6 +354,7 @@ def transformers_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1", folder
     finally:
+        held.close()
         server.terminate()
         server.wait(20)
         shutil.rmtree(folder, ignore_errors=True)

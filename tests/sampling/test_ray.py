@@ -531,6 +531,8 @@ def test_what_comes_for_a_model_that_is_closed_does_not_bring_it_back() -> None:
         await worker.close(2)
         await worker.open(3, ENGINE, skeleton, numbers, None, 0, 1)
         await asyncio.wait_for(worker.load(2, None, 1, 2, 0), 30)
+        with pytest.raises(RolloutError, match="a model that is closed"):
+            await asyncio.wait_for(worker.sample(2, ids(5, 1), SamplingParams(max_tokens=2), 1), 30)
         return set(worker.held)
 
     assert asyncio.run(play()) == {1}

@@ -10,7 +10,6 @@ import copy
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -36,9 +35,10 @@ from echelon.rollout.setup import open_sampler
 from echelon.sampling import served
 from echelon.sampling.served import ServedSampler
 from echelon.train.learner import Learner
+from echelon.train.on_ray import held_port
 from echelon.types import SamplingParams
 from tests.sampling.conformance import check_sampler
-from tests.sampling.test_vllm import ask, check_feedback_learns, ids, mismatch, small
+from tests.sampling.test_vllm import ask, check_feedback_trains, ids, mismatch, small
 from tests.sampling.test_vllm_server import _answers
 
 GENERATE = "/inference/v1/generate"
@@ -555,7 +555,7 @@ def flags(folder: Path, url: str) -> list[str]:
 def test_grpo_learns_on_what_a_server_says_and_ends_in_a_line_where_none_is(
     stand: Stand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    learns(tmp_path, stand.url)
+    trains(tmp_path, stand.url)
     assert len({*stand.read}) == 3, "at the start, and after each of two steps"
     capsys.readouterr()
     assert cli.main([*flags(tmp_path / "more", "http://127.0.0.1:9"), "--quiet"]) == 2
@@ -563,7 +563,7 @@ def test_grpo_learns_on_what_a_server_says_and_ends_in_a_line_where_none_is(
     assert line.startswith("http://127.0.0.1:9: no vLLM server answers there (")
 
 
-def learns(folder: Path, url: str) -> None:
+def trains(folder: Path, url: str) -> None:
     """Two steps of `grpo`, in which the server's log-probs are the trainer's."""
     assert cli.main(flags(folder, url)) == 0
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -603,9 +603,8 @@ def serving(folder: Path, *flags: str, **environment: str) -> Iterator[str]:
     module, tokenizer = small(seed=8)
     module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    held = held_port()
+    port = held.getsockname()[1]
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     words += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "160", "--max-num-seqs", "8"]
     words += ["--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--enforce-eager", *flags]
@@ -620,6 +619,7 @@ def serving(folder: Path, *flags: str, **environment: str) -> Iterator[str]:
             time.sleep(0.5)
         yield url
     finally:
+        held.close()
         server.terminate()
         server.wait(60)
 
@@ -652,8 +652,8 @@ def test_log_probs_of_vllms_server_are_the_trainers_after_each_update(vllm_serve
 
 @pytest.mark.vllm
 @needs_vllm
-def test_grpo_learns_on_what_vllms_server_says(vllm_server: str, tmp_path: Path) -> None:
-    learns(tmp_path, vllm_server)
+def test_grpo_trains_on_what_vllms_server_says(vllm_server: str, tmp_path: Path) -> None:
+    trains(tmp_path, vllm_server)
 
 
 @pytest.mark.vllm
@@ -700,8 +700,8 @@ def test_log_probs_of_vllms_server_are_the_trainers_for_each_adapter_after_each_
 
 @pytest.mark.vllm
 @needs_vllm
-def test_both_levels_of_feedback_learn_through_one_server(lora_server: str, tmp_path: Path) -> None:
-    check_feedback_learns(tmp_path, "server", **{"server.url": lora_server, "server.folder": tmp_path / "weights"})
+def test_both_levels_of_feedback_train_through_one_server(lora_server: str, tmp_path: Path) -> None:
+    check_feedback_trains(tmp_path, "server", **{"server.url": lora_server, "server.folder": tmp_path / "weights"})
     assert list((tmp_path / "weights").iterdir()) == []
 
 

@@ -153,7 +153,7 @@ def broken(sampler: VllmSampler) -> Iterator[None]:
         handle.remove()
 
 
-def check_feedback_learns(tmp_path: Path, sampler: str, **settings: object) -> None:
+def check_feedback_trains(tmp_path: Path, sampler: str, **settings: object) -> None:
     """Two steps of both levels, each with an adapter of its own, drawing from this sampler."""
     module, tokenizer = small()
     module.save_pretrained(tmp_path / "model")

@@ -29,7 +29,7 @@ from echelon.sampling.vllm import VllmSampler
 from echelon.train.learner import Learner
 from echelon.types import Completion, SamplingParams
 from tests.sampling.conformance import check_sampler
-from tests.sampling.test_vllm import Request, Watched, ask, check_feedback_learns, ids, mismatch, small
+from tests.sampling.test_vllm import Request, Watched, ask, check_feedback_trains, ids, mismatch, small
 
 pytestmark = [
     pytest.mark.vllm,
@@ -277,9 +277,9 @@ def test_what_speaks_is_the_adapter_as_it_was_handed_over(moved: Place) -> None:
 # A vLLM that ends takes what others in this process need with it, so nothing is asked of the one above after this.
 
 
-def test_both_levels_of_feedback_learn_through_one_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_levels_of_feedback_train_through_one_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     start = vllm_engine._open
     monkeypatch.setattr(vllm_engine, "_open", lambda *given: started.append(start(*given)) or started[-1])
-    check_feedback_learns(tmp_path, "vllm", **{"cache-tokens": 2048})
+    check_feedback_trains(tmp_path, "vllm", **{"cache-tokens": 2048})
     assert len(started) == 1

@@ -6,7 +6,6 @@ import asyncio
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 from echelon import cli
 from echelon.models.lm import tiny
 from echelon.sampling.endpoint import open_endpoint
+from echelon.train.on_ray import held_port
 from echelon.types import Message, SamplingParams
 from tests.text.test_endpoint import Server, serve
 
@@ -39,9 +39,8 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     module, tokenizer = tiny(["a cat, a hat, a bat."], vocab_size=300, hidden=64, layers=2, heads=2, max_positions=2048)
     module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    held = held_port()
+    port = held.getsockname()[1]
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     words += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     words += ["--max-model-len", "2048", "--max-num-seqs", "4", "--enforce-eager"]
@@ -56,6 +55,7 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
+        held.close()
         server.terminate()
         server.wait(60)
 

@@ -9,14 +9,15 @@ import importlib
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
 
 from echelon import cli
+from echelon.train.on_ray import held_port
 
 RANKS = 2
 
@@ -33,27 +34,25 @@ def run(rank: int, commands: Sequence[list[str]], ports: Sequence[int]) -> None:
             sys.exit(status)
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 def main(commands: list[list[str]]) -> int:
-    """Import what the commands need, then fork the ranks; the exit status of the first that fails."""
+    """Import what the commands need, then fork the ranks; the exit status of the first that fails, which ends the
+    other."""
     for recipe in {words[0] for words in commands}:
         importlib.import_module(f"echelon.recipes.{recipe.replace('-', '_')}")
     importlib.import_module("transformers.models.llama.modeling_llama")
-    context, ports = multiprocessing.get_context("fork"), free_ports(len(commands))
+    context, held = multiprocessing.get_context("fork"), [held_port() for _ in commands]
+    ports = [each.getsockname()[1] for each in held]
     ranks = [context.Process(target=run, args=(rank, commands, ports)) for rank in range(RANKS)]
     for rank in ranks:
         rank.start()
-    for rank in ranks:
-        rank.join()
-    return next((rank.exitcode or 0 for rank in ranks if rank.exitcode), 0)
+    running = {rank.sentinel: rank for rank in ranks}
+    while running:
+        for ended in wait([*running]):
+            if status := running.pop(ended).exitcode:  # type: ignore[call-overload]
+                for other in running.values():
+                    other.kill()
+                return status
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from echelon.config import DistConfig
 from echelon.data.packing import Sampled, pack
@@ -22,6 +23,7 @@ from echelon.rollout import memory
 from echelon.train import dist, parts
 from echelon.train.launcher import _ended, _parse
 from echelon.train.learner import Learner
+from echelon.train.on_ray import held_port
 from tests.train import learning_together
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +135,14 @@ def test_a_launch_on_ray_has_the_ranks_that_it_is_asked_for() -> None:
     asked, recipe = _parse(["--on", "ray", "--nproc", "2", "--rollout-workers", "4", "grpo"])
     assert (asked.nproc, recipe) == (2, ["grpo", "--sampler", "ray", "--rollout-workers", "4"])
     assert _parse(["--on", "ray", "grpo"])[0].nproc == 0, "one process, which is not launched"
+
+
+def test_ranks_may_meet_at_a_port_that_is_held_for_them() -> None:
+    with held_port() as held:
+        port = held.getsockname()[1]
+        first = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        TCPStore("127.0.0.1", port).set("said", "here")
+        assert first.get("said") == b"here"
 
 
 def test_the_rank_that_was_killed_is_named_not_those_stopped_because_of_it() -> None:
