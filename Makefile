@@ -3,6 +3,7 @@
 # make check        style, types and the fast tests: before every commit
 # make test         all tests, those that train included; where there is no vLLM, its tests skip
 # make test-vllm    the tests of vLLM, in an environment that has it
+# make test-slow    the slow tests besides; UNTIL (seconds since 1970) is when no further one begins
 # make docs         these pages and the reference as a site in build/site
 # make browser      Chromium from npm into build/, for the tests that look at pages; not where one is installed
 # make clean        remove .venv and caches; runs/ stays
@@ -18,7 +19,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --constraint const
 PIP := $(BIN)/python $(INSTALL)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help quickstart setup lint check test test-vllm docs browser clean
+.PHONY: help quickstart setup lint check test test-slow test-vllm docs browser clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +40,9 @@ check: lint
 
 test: .venv/.dev
 	$(PYTEST) -m "not slow"
+
+test-slow: .venv/.dev
+	$(PYTEST) -m "slow and not vllm"
 
 # Whole files to a process, since the tests of one share an engine.
 test-vllm: .venv/.vllm

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import time
+from itertools import groupby
 
 # Before anything imports huggingface_hub, which reads these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,6 +26,23 @@ def _same_draws_every_time() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+UNTIL = os.environ.get("UNTIL")
+"""The time, in seconds since 1970, after which no slow test begins; the files are then in another order each time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if UNTIL:
+        files = [list(tests) for _, tests in groupby(items, lambda item: item.path)]
+        random.Random(UNTIL).shuffle(files)
+        items[:] = [item for tests in files for item in tests]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if UNTIL and item.get_closest_marker("slow") and time.time() > float(UNTIL):
+        pytest.skip("the time is over")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -22,6 +22,8 @@ OTHERS = ("asynchronous.py", "control.py", "curves.py", "feedback.py", "learning
 OTHERS += ("long_run.py", "weight_reload.py")
 """Scripts that time nobody beside peers."""
 SCRIPTS = {path.name: path for path in sorted(FOLDER.glob("[!_]*.py")) if path.name not in OTHERS}
+QUICK = ("grpo_step.py", "logprob_memory.py", "sft_step.py")
+"""Scripts of which a small workload is over soon."""
 EXTRA = {"vllm", "vllm-turns", "trl"}
 """Peers that the core installation does not bring."""
 
@@ -113,7 +115,9 @@ def test_every_script_says_what_it_is_and_how_to_run_it(name: str) -> None:
     assert name.startswith("_") or f"    python benchmarks/{name}" in f"    {text}"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SCRIPTS]
+)
 def test_a_benchmark_ends_with_a_line_of_json_whose_ratio_is_the_smallest_over_target(name: str) -> None:
     done = run(SCRIPTS[name], "--peers", *core_peers(SCRIPTS[name]))
     assert done.returncode == 0, done.stderr
@@ -155,6 +159,7 @@ def test_a_reload_without_vllm_says_how_to_install_it() -> None:
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 def test_a_reload_is_timed_and_its_log_probs_are_the_trainers() -> None:
     done = run(FOLDER / "weight_reload.py")
@@ -196,6 +201,7 @@ def test_an_unknown_peer_or_size_is_refused_in_one_line() -> None:
     assert refused.stderr == "--peers generat: there is no such peer here. There are: generate, vllm.\n"
 
 
+@pytest.mark.slow
 def test_learning_curves_are_run_once_and_reported_again(
     learning: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -376,8 +376,8 @@ MODULES = {"vllm": ["vllm"], "ray": ["ray"], "experts": ["stable_baselines3", "B
 SLOW = {
     ("CONTRIBUTING.md", ""),
     ("docs/learning-curves.md", ""),
-    ("docs/scaling.md", "dist"),
-    ("docs/scaling.md", "ray"),
+    ("docs/engine.md", "ray"),
+    *(("docs/scaling.md", name) for name in ("dist", "ray", "vllm")),
 }
 """Page, and what is needed: where lines take minutes together, those of benchmarks and of many processes."""
 

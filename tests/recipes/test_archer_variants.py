@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -493,6 +493,11 @@ def cloned(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Path, 
     return files, model, earned
 
 
+def slow_but(variants: Iterable[str], *quick: str) -> list[Any]:
+    """The variants; tests of all but these are slow."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in variants]
+
+
 LEARNED_OFFLINE: dict[str, tuple[object, ...]] = {
     "implicit Q-learning, regression": ("--expectile", 0.7, *AWR, "--policy.awr-beta", 10),
     "SARSA, regression": (*AWR, "--policy.awr-beta", 10),
@@ -505,7 +510,7 @@ LEARNED_OFFLINE: dict[str, tuple[object, ...]] = {
 
 @pytest.mark.learning
 @pytest.mark.seeds(0, 1)
-@pytest.mark.parametrize("variant", LEARNED_OFFLINE)
+@pytest.mark.parametrize("variant", slow_but(LEARNED_OFFLINE, "implicit Q-learning, regression", "CHAI"))
 def test_off_line_it_beats_cloning_of_the_same_file(
     train: Train, cloned: tuple[list[Path], Path, float], variant: str, seed: int
 ) -> None:
@@ -558,7 +563,7 @@ LEARNED: dict[str, tuple[object, ...]] = {
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("variant", LEARNED)
+@pytest.mark.parametrize("variant", slow_but(LEARNED, "implicit Q-learning", "filtered cloning", "CHAI", "encoder"))
 def test_on_line_it_learns_which_key_fits_which_door(
     train: Train, apprentice: Path, tmp_path: Path, variant: str
 ) -> None:

@@ -32,6 +32,7 @@ NINTHS = Codec(
 
 
 @pytest.mark.learning
+@pytest.mark.slow
 @pytest.mark.seeds(0, 1)
 def test_a_clone_of_the_expert_gets_up_the_mountain(train, tmp_path: Path, seed: int) -> None:
     """Chance never does: it earns -200 in every episode. The expert earns -106, a clone -149 and -137."""

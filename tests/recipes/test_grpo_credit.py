@@ -265,6 +265,7 @@ TWELVE = {"doors": 12, "keys": 3}
 
 
 @pytest.mark.learning
+@pytest.mark.slow
 @pytest.mark.seeds(0, 1)
 def test_with_many_doors_credit_per_turn_learns_from_fewer_episodes(train, corridor: Path, seed: int) -> None:
     """320 episodes in 40 steps of eight. Doors opened in the last 15 steps, on seeds 0 to 4: 0.61 to 0.77, and with one

@@ -190,6 +190,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(train, game: list[
 
 
 @pytest.mark.learning
+@pytest.mark.slow
 def test_it_learns_which_key_fits_which_door(train, locksmith: Path) -> None:
     doors = ("--model.path", locksmith, "--env", "text_lock", "--env-settings", "doors=2", "keys=3", "--credit", "turn")
     run = train(

@@ -556,6 +556,7 @@ def gain(run: Any) -> tuple[float, float]:
 
 
 @pytest.mark.learning
+@pytest.mark.slow
 @pytest.mark.seeds(0, 1, 2)
 def test_choosing_beats_chance_while_the_generator_stays_as_it_was(train, talker: Path, seed: int) -> None:
     """0.19, 0.16, 0.22 in the first four steps, 0.81, 0.84, 0.81 in the last; the best of eight is right with 0.90."""

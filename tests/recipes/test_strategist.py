@@ -95,6 +95,7 @@ def test_without_a_discount_for_what_follows_the_greedy_strategy_is_learned(trai
 
 
 @pytest.mark.learning
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [("--normalize", "mean", "--no-double"), ("--target", "polyak", "--loss", "huber")]
 )

@@ -57,18 +57,15 @@ if "FAULT" in os.environ:
 has at the first one nothing of, or the weights."""
 
 
+NO_ROOM = "step 1 could not be saved (No space left on device). Checkpoints still there: 0."
+
+
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
         ("1 is killed for its part", "rank 1 was ended by SIGKILL, so the others were stopped."),
-        (
-            "1 has no room for its part",
-            "step 1 could not be saved (No space left on device). Checkpoints still there: 0.",
-        ),
-        (
-            "0 has no room for the weights",
-            "step 1 could not be saved (No space left on device). Checkpoints still there: 0.",
-        ),
+        pytest.param("1 has no room for its part", NO_ROOM, marks=pytest.mark.slow),
+        pytest.param("0 has no room for the weights", NO_ROOM, marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_fails_while_all_save_leaves_the_checkpoint_before(tmp_path: Path, fault: str, line: str) -> None:
