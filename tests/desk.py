@@ -181,6 +181,11 @@ def stages_here(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(quickstart, "subprocess", SimpleNamespace(Popen=Here, STDOUT=0, DEVNULL=0))
     patch.setattr(quickstart, "POLL_SECONDS", 0.0)
     patch.setattr(quickstart, "GROUPS", 8)
+    few_updates(patch)
+
+
+def few_updates(patch: pytest.MonkeyPatch) -> None:
+    """Have the stages of the quickstart learn for a moment."""
     patch.setitem(quickstart.GRPO["policy"], "epochs", 1)
     for name in ("critic_updates", "critic_episodes", "actor_episodes"):
         patch.setitem(quickstart.ARCHER, name, 2)

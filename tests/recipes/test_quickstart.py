@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from echelon import cli
+from tests.desk import few_updates
 
 SMALL = ["--games", "64", "--copying-steps", "4", "--steps", "2", "--episodes-per-step", "32", "--eval-episodes", "8"]
 
 
-@pytest.mark.learning
-def test_every_stage_runs_and_a_second_command_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_runs_and_a_second_command_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
+    few_updates(monkeypatch)
     out = tmp_path / "quick"
     assert cli.main(["quickstart", "--out", str(out), *SMALL]) == 0
     summary = json.loads((out / "summary.json").read_text())
