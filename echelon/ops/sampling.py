@@ -14,6 +14,11 @@ from echelon.errors import ConfigError
 
 _BLOCK = 128
 """Tokens whose probabilities are added up together when one is drawn."""
+_GOLDEN, _OTHER, _FIRST, _SECOND = (
+    bits - (1 << 64) for bits in (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+"""Odd numbers of 64 bits, as the int64 of the same bits: what seeds and positions are told apart by, and the factors of
+SplitMix64's finaliser."""
 
 
 def restrict_logits(
@@ -68,10 +73,12 @@ def counter_uniform(seeds_N: Int64[Tensor, "N"], positions_N: Int64[Tensor, "N"]
     The finaliser of SplitMix64 applied to the seed, to the position and to both, so neighbouring seeds and neighbouring
     positions give unrelated numbers. Not for cryptography. https://doi.org/10.1145/2660193.2660195
     """
-    key_N = _scramble(seeds_N + _signed(0x9E3779B97F4A7C15))
-    second_N = _scramble(seeds_N ^ _signed(0xD1B54A32D192ED03))
-    bits_N = _scramble(_scramble(key_N + positions_N * _signed(0x9E3779B97F4A7C15)) ^ second_N)
-    return (_shift_right(bits_N, 12).double() + 0.5) * 2.0**-52  # 52 bits: with 53, the largest would round to 1
+    key_N = _scramble(seeds_N + _GOLDEN)
+    second_N = _scramble(seeds_N ^ _OTHER)
+    bits_N = _scramble(_scramble(key_N + positions_N * _GOLDEN) ^ second_N)
+    return (
+        ((bits_N >> 12) & (1 << 52) - 1).double() + 0.5
+    ) * 2.0**-52  # 52 bits: with 53, the largest would round to 1
 
 
 def draw(
@@ -130,17 +137,10 @@ def _keep_best(logits_NV: Float32[Tensor, "N V"], count_N: Int64[Tensor, "N"]) -
 
 
 def _scramble(x: Int64[Tensor, "N"]) -> Int64[Tensor, "N"]:
-    """SplitMix64's finaliser: a bijection of 64-bit integers in which every input bit flips half of the output bits."""
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
+    """SplitMix64's finaliser: a bijection of 64-bit integers in which every input bit flips half of the output bits.
 
-
-def _shift_right(x: Int64[Tensor, "N"], bits: int) -> Int64[Tensor, "N"]:
-    """Shift in zeros; torch's own shift of a signed integer copies the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(constant: int) -> int:
-    """An unsigned 64-bit constant as the int64 with the same bits."""
-    return constant - (1 << 64) if constant >= 1 << 63 else constant
+    Shifts bring in zeros; torch's own shift of a signed integer copies the sign.
+    """
+    x = (x ^ ((x >> 30) & (1 << 34) - 1)) * _FIRST
+    x = (x ^ ((x >> 27) & (1 << 37) - 1)) * _SECOND
+    return x ^ ((x >> 31) & (1 << 33) - 1)
