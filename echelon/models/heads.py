@@ -17,7 +17,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from echelon.models.encoder import TextEncoder
-from echelon.models.lm import attention_inputs, backbone, check_masks, hidden_states
+from echelon.models.lm import attention_inputs, backbone, check_masks, evaluating, hidden_states
 from echelon.ops.scales import LINEAR, Scale
 
 if TYPE_CHECKING:
@@ -114,16 +114,17 @@ class UtteranceCritic(nn.Module):
 
     With a decoder as body one causal pass yields the values of all turns of an episode laid out in one row: V(s) reads
     the hidden state of the state's last token, Q(s, a) that and the mean of the hidden states of the action's tokens.
-    With `shared_body` the decoder belongs to somebody else (the actor): it is read without gradient, and neither
-    trained, copied nor saved here. With a `TextEncoder` as body states and actions are read apart, each from its
-    beginning: V(s) reads the state's vector, Q(s, a) both. `scale` says how outputs of the heads mean values.
+    With `shared_body` the decoder belongs to somebody else (the actor): it is read without gradient and with nothing
+    dropped, and neither trained, copied nor saved here. With a `TextEncoder` as body states and actions are read apart,
+    each from its beginning: V(s) reads the state's vector, Q(s, a) both. `scale` says how outputs of the heads mean
+    values.
     """
 
     def __init__(self, body: nn.Module, width: int, *, shared_body: bool = False, scale: Scale = LINEAR) -> None:
         super().__init__()
         self.shared_body = shared_body
         # In a tuple, so that it is not registered as a submodule.
-        self._borrowed: tuple[nn.Module, ...] = (body,) if shared_body else ()
+        self.borrowed: tuple[nn.Module, ...] = (body,) if shared_body else ()
         if not shared_body:
             self.body = body
         self.config = body.config
@@ -155,7 +156,7 @@ class UtteranceCritic(nn.Module):
 
     def target(self) -> UtteranceCritic:
         """A frozen copy to bootstrap from; a borrowed body stays borrowed."""
-        return copy.deepcopy(self, {id(body): body for body in self._borrowed}).requires_grad_(False)
+        return copy.deepcopy(self, {id(body): body for body in self.borrowed}).requires_grad_(False)
 
     def forward(
         self,
@@ -177,9 +178,11 @@ class UtteranceCritic(nn.Module):
         """What Q and V are read from, a row for each; the heads are float32 whatever the body is."""
         if not self.shared_body and isinstance(self.body, TextEncoder):
             return self.body.read(tokens, q_at, v_at)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.shared_body):
-            body = self._borrowed[0] if self.shared_body else self.body
-            hidden = hidden_states(body, tokens, lengths, **attention).float()
+        if self.shared_body:
+            with torch.no_grad(), evaluating(self.borrowed[0]):
+                hidden = hidden_states(self.borrowed[0], tokens, lengths, **attention).float()
+        else:
+            hidden = hidden_states(self.body, tokens, lengths, **attention).float()
         said = torch.cat([hidden[q_at.row, q_at.state], _span_means(hidden, q_at)], dim=-1)
         return said, hidden[v_at.row, v_at.state]
 

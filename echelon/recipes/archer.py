@@ -249,6 +249,7 @@ def main(cfg: Config) -> None:
             checkpoints.save(0, parts)
         with Log(Path(cfg.out), total=cfg.steps, start=start, name="archer", config=cfg.log, settings=cfg) as log:
             for step in range(start, cfg.steps):
+                torch.manual_seed(derive_seed(cfg.seed, step))  # dropout, where an adapter has any
                 episodes = [] if cfg.offline else rollouts.take(step).episodes
                 found = remember(cfg, step, episodes, levels.replay)
                 if step == 0:

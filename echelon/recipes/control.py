@@ -223,7 +223,7 @@ def main(cfg: Config) -> None:
                 if step >= cfg.warmup_steps:
                     learned |= learn(cfg, levels, judged, rollouts, seed=seed)
                 rollouts.publish()  # also while warming up: caches are forgotten, as a resumed run's would have been
-                evaluated = evaluate(cfg, step, levels, env)
+                evaluated = evaluate(cfg, step, levels, env, rewards)
 
                 log.metrics(step, {**rollout_metrics(episodes), **given, **learned, **evaluated})
                 decode = decoders(*levels.players.roles())
@@ -317,7 +317,7 @@ class Levels:
 
 
 @phase("evaluation")
-def evaluate(cfg: Config, step: int, levels: Levels, env: EnvSpec) -> dict[str, float]:
+def evaluate(cfg: Config, step: int, levels: Levels, env: EnvSpec, rewards: Rewards) -> dict[str, float]:
     """What episodes of the test split earn when every level says what it likes best, as "eval/…"; the same tasks every
     time."""
     if not cfg.eval_every or not (step + 1 == cfg.steps or (step + 1) % cfg.eval_every == 0):
@@ -328,8 +328,9 @@ def evaluate(cfg: Config, step: int, levels: Levels, env: EnvSpec) -> dict[str, 
     chosen = [tasks[place % len(tasks)] for place in range(cfg.eval_episodes)]
     play, seed = players.play(env.make, max_turns=cfg.max_turns), derive_seed(cfg.seed, "evaluation")
     episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
+    told = rewards.add(episodes) | rollout_metrics(episodes)
     levels.publish()
-    return {f"eval/{name}": number for name, number in rollout_metrics(episodes).items()}
+    return {f"eval/{name}": number for name, number in told.items()}
 
 
 def open_both(cfg: Config) -> Levels:

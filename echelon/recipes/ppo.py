@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from echelon.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, SamplingConfig, TaskConfig, demand, require
@@ -47,7 +47,7 @@ from echelon.train.log import Log, episode_rows
 from echelon.train.policy import PolicyConfig, reference_logprobs, starting_policy, update_policy
 from echelon.train.shaping import Shaper, ShapingConfig
 from echelon.train.stale import AsyncConfig
-from echelon.train.value import before_turns, state_values, update_value, values_of
+from echelon.train.value import before_turns, gae_of_chains, state_values, update_value, values_of
 from echelon.types import Episode, Turn
 
 
@@ -280,13 +280,8 @@ def over_tokens(
     values_BT: Float[Tensor, "B T"],
     final_E: Float[Tensor, "E"],
 ) -> Credit:
-    """GAE in which a step is a sampled token.
-
-    A row of an episode whose next turn could not continue it (its prompt had been cut) is followed by the value of the
-    state that turn begins in.
-    """
-    bootstrap_B = after_rows(batch, values_BT, played, final_E)
-    gae = partial(credit.token_gae, rewards_BT, mask_BT=batch.mask, gamma=cfg.gamma, bootstrap_B=bootstrap_B)
+    """GAE in which a step is a sampled token. In which rows the turns of an episode lie changes nothing."""
+    gae = partial(gae_of_chains, batch, owners(played), rewards_BT, gamma=cfg.gamma, after_C=final_E)
     advantages_BT, returns_BT = gae(values_BT, lam=cfg.lam)
     return advantages_BT, returns_BT, gae(torch.zeros_like(values_BT), lam=1.0)[1]
 
@@ -304,7 +299,7 @@ def over_turns(
     Every token of a turn gets its advantage; what values learn stands at the turn's first token, where they are read.
     In which rows the turns lie changes nothing.
     """
-    owner_N = torch.arange(len(played)).repeat_interleave(torch.tensor([len(episode.turns) for episode in played]))
+    owner_N = owners(played)
     rewards_N, values_N = batch.pool(rewards_BT), before_turns(batch, values_BT)
     gae = partial(credit.turn_gae, rewards_N, episode_N=owner_N, bootstrap_N=final_E[owner_N], gamma=cfg.gamma)
     advantages_N, returns_N = gae(values_N, lam=cfg.lam)
@@ -339,13 +334,9 @@ def fit_value(cfg: Config, value: Learner, batch: Batch, *, seed: int) -> dict[s
     )
 
 
-def after_rows(
-    batch: Batch, values_BT: Float[Tensor, "B T"], played: Sequence[Episode], final_E: Float[Tensor, "E"]
-) -> Float[Tensor, "B"]:
-    """What follows the last sampled token of each row: the end of its episode, or the state its next row begins in."""
-    next_N = before_turns(batch, values_BT).roll(-1)
-    next_N[torch.tensor([len(episode.turns) for episode in played]).cumsum(0) - 1] = final_E
-    return next_N[batch.row_N.bincount().cumsum(0) - 1]
+def owners(played: Sequence[Episode]) -> Int[Tensor, "N"]:
+    """The number of the episode that each turn belongs to."""
+    return torch.arange(len(played)).repeat_interleave(torch.tensor([len(episode.turns) for episode in played]))
 
 
 def final_values(value: Learner, played: Sequence[Episode], tokens_per_pass: int) -> Float[Tensor, "E"]:

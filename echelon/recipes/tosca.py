@@ -247,7 +247,7 @@ def main(cfg: Config) -> None:
 
                 learned, columns = learn(cfg, step, levels, episodes, offers, rollouts.stale(RESPONDER))
                 rollouts.publish()  # also a level that rests forgets what it has cached, as a resumed run would have
-                evaluated = evaluate(cfg, step, levels, env)
+                evaluated = evaluate(cfg, step, levels, env, rewards)
 
                 log.metrics(step, {**told, **given, **learned, **evaluated})
                 decode = decoders(players.strategist, players.responder)
@@ -494,7 +494,7 @@ def update_upper(cfg: Config, step: int, levels: Levels) -> dict[str, float]:
 
 
 @phase("evaluation")
-def evaluate(cfg: Config, step: int, levels: Levels, env: EnvSpec) -> dict[str, float]:
+def evaluate(cfg: Config, step: int, levels: Levels, env: EnvSpec, rewards: Rewards) -> dict[str, float]:
     """What dialogues of the test split are worth with the strategies Q likes best, as "eval/…"; the same every time."""
     last = step + 1 == cfg.steps
     if not cfg.eval_every or not (last or (step + 1) % cfg.eval_every == 0):
@@ -508,6 +508,8 @@ def evaluate(cfg: Config, step: int, levels: Levels, env: EnvSpec) -> dict[str, 
     play = players.play(env.make, max_turns=cfg.max_turns)
     seed = derive_seed(cfg.seed, "evaluation")
     episodes = asyncio.run(collect(chosen, play, seed=seed, error_budget=cfg.error_budget))
-    told = dialogue_metrics(episodes, dist.union(players.take()), players.inventory if players.strategist else None)
+    given = rewards.add(episodes)
+    offered = dist.union(players.take())
+    told = given | dialogue_metrics(episodes, offered, players.inventory if players.strategist else None)
     levels.publish(cfg)
     return {f"eval/{name}": number for name, number in told.items()}

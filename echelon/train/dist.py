@@ -297,8 +297,9 @@ class Sharded:
         for part, whole in self._pairs():
             mine = distribute_tensor(self._given(whole), self.mesh, part.placements, src_data_rank=None).to_local()
             part.to_local().copy_(mine)
-        for mine, theirs in zip(self.root.buffers(), self.original.buffers(), strict=True):
-            mine.copy_(theirs)
+        there = dict(self.original.named_buffers())
+        for name, mine in self.root.module.named_buffers():
+            mine.copy_(there[name])
 
     @torch.no_grad()
     def put(self) -> None:
@@ -328,7 +329,9 @@ class Sharded:
         return there
 
     def _pairs(self) -> Iterator[tuple[Any, nn.Parameter]]:
-        return zip(self.root.parameters(), self.original.parameters(), strict=True)
+        """The weights of the copy and those of the whole module, which may have got an adapter since that stays."""
+        whole = dict(self.original.named_parameters())
+        return ((part, whole[name]) for name, part in self.root.module.named_parameters())
 
     def _shard(self, part: nn.Module, reshard: bool) -> None:
         from torch.distributed import fsdp
@@ -398,8 +401,9 @@ def _odd_ones(module: nn.Module) -> list[nn.Module]:
 
 
 def _empty_copy(module: nn.Module) -> nn.Module:
-    """A copy whose weights have shapes alone (the meta device); buffers are copied."""
-    like = {
+    """A copy whose weights have shapes alone (the meta device); buffers are copied, and what is borrowed stays so."""
+    like: dict[int, Any] = {id(body): body for part in module.modules() for body in getattr(part, "borrowed", ())}
+    like |= {
         id(weight): nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
         for weight in module.parameters()
     }

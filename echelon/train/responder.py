@@ -22,7 +22,7 @@ from echelon.config import OptimConfig, demand
 from echelon.data.packing import Batch, pack
 from echelon.errors import DataError
 from echelon.models.heads import TokenValue
-from echelon.ops import credit, losses, shaped
+from echelon.ops import losses, shaped
 from echelon.ops.masked import explained_variance, masked_mean, masked_var, masked_whiten
 from echelon.train.checkpoint import Saveable
 from echelon.train.ema import Average
@@ -30,7 +30,7 @@ from echelon.train.learner import Learner, Weights
 from echelon.train.policy import PolicyConfig, reference_logprobs, starting_policy, update_policy
 from echelon.train.shaping import Shaper, ShapingConfig, cut_off
 from echelon.train.stale import Stale
-from echelon.train.value import before_turns, state_values, update_value, values_of
+from echelon.train.value import before_turns, gae_of_chains, state_values, update_value, values_of
 from echelon.types import Turn
 
 MEMORY = 0.9
@@ -323,40 +323,6 @@ class Lower:
         gamma = self.settings.gamma
         earned_BT = gae_of_chains(batch, chain_N, rewards_BT, nothing_BT, gamma=gamma, lam=1.0, after_C=nothing_C)[1]
         return float(masked_mean(earned_BT, batch.mask))
-
-
-def gae_of_chains(
-    batch: Batch,
-    chain_N: Int[Tensor, "N"],
-    rewards_BT: Float[Tensor, "B T"],
-    values_BT: Float[Tensor, "B T"],
-    *,
-    gamma: float,
-    lam: float,
-    after_C: Float[Tensor, "C"],
-) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """GAE over the tokens of each chain of turns, in whichever rows they lie: (advantages, returns), 0 elsewhere.
-
-    `chain_N`, which never decreases, says which chain each turn belongs to: with a chain for every turn nothing leaks
-    from one to the next, though they may share a row. What follows the last token of a chain is worth `after_C`.
-    """
-    order = batch.turn[batch.mask].argsort(stable=True)
-    row_K, column_K = (index[order] for index in batch.mask.nonzero(as_tuple=True))
-    chain_K = chain_N[batch.turn[row_K, column_K]]
-    tokens_C = chain_K.bincount(minlength=len(after_C))
-    place_K = torch.arange(len(chain_K)) - (tokens_C.cumsum(0) - tokens_C)[chain_K]
-    sampled_CL = torch.arange(int(tokens_C.max())) < tokens_C[:, None]
-
-    def chained(x_BT: Float[Tensor, "B T"]) -> Float[Tensor, "C L"]:
-        return torch.zeros(sampled_CL.shape).index_put((chain_K, place_K), x_BT[row_K, column_K])
-
-    def in_rows(x_CL: Float[Tensor, "C L"]) -> Float[Tensor, "B T"]:
-        return torch.zeros_like(rewards_BT).index_put((row_K, column_K), x_CL[chain_K, place_K])
-
-    found = credit.token_gae(
-        chained(rewards_BT), chained(values_BT), sampled_CL, gamma=gamma, lam=lam, bootstrap_B=after_C
-    )
-    return in_rows(found[0]), in_rows(found[1])
 
 
 def surprise(batch: Batch) -> Float[Tensor, "B T"]:

@@ -10,12 +10,12 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from echelon.data.packing import Batch, group_rows, pad
-from echelon.models.heads import token_values
-from echelon.ops import losses
+from echelon.models.heads import token_values, values_before
+from echelon.ops import credit, losses
 from echelon.seeds import derive_seed
 from echelon.train.learner import Learner, average
 from echelon.train.policy import passes
@@ -48,7 +48,7 @@ def update_value(
 
 def value_loss(module: nn.Module, batch: Batch, *, clip: float | None) -> tuple[Tensor, dict[str, float]]:
     """Half the mean squared error where the mask is; with `clip`, of the worse of the value and the clipped value."""
-    values, _ = token_values(module, batch)
+    values = values_before(module, batch)
     old = losses.require(batch.values, "values", "Judge the batch first.")
     returns = losses.require(batch.returns, "returns", "Judge the batch first.")
     stats, free = {"mean": values.detach(), "return": returns}, 0.5 * losses.squared_error(values, returns, batch.mask)
@@ -63,6 +63,40 @@ def value_loss(module: nn.Module, batch: Batch, *, clip: float | None) -> tuple[
 def values_of(value: Learner, batch: Batch, tokens_per_pass: int) -> Float[Tensor, "B T"]:
     """V of the state before every token of the batch, on the CPU."""
     return value.evaluate(batch, lambda module, micro: token_values(module, micro)[0], tokens_per_pass)
+
+
+def gae_of_chains(
+    batch: Batch,
+    chain_N: Int[Tensor, "N"],
+    rewards_BT: Float[Tensor, "B T"],
+    values_BT: Float[Tensor, "B T"],
+    *,
+    gamma: float,
+    lam: float,
+    after_C: Float[Tensor, "C"],
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """GAE over the tokens of each chain of turns, in whichever rows they lie: (advantages, returns), 0 elsewhere.
+
+    `chain_N`, which never decreases, says which chain each turn belongs to: with a chain for every turn nothing leaks
+    from one to the next, though they may share a row. What follows the last token of a chain is worth `after_C`.
+    """
+    order = batch.turn[batch.mask].argsort(stable=True)
+    row_K, column_K = (index[order] for index in batch.mask.nonzero(as_tuple=True))
+    chain_K = chain_N[batch.turn[row_K, column_K]]
+    tokens_C = chain_K.bincount(minlength=len(after_C))
+    place_K = torch.arange(len(chain_K)) - (tokens_C.cumsum(0) - tokens_C)[chain_K]
+    sampled_CL = torch.arange(int(tokens_C.max())) < tokens_C[:, None]
+
+    def chained(x_BT: Float[Tensor, "B T"]) -> Float[Tensor, "C L"]:
+        return torch.zeros(sampled_CL.shape).index_put((chain_K, place_K), x_BT[row_K, column_K])
+
+    def in_rows(x_CL: Float[Tensor, "C L"]) -> Float[Tensor, "B T"]:
+        return torch.zeros_like(rewards_BT).index_put((row_K, column_K), x_CL[chain_K, place_K])
+
+    found = credit.token_gae(
+        chained(rewards_BT), chained(values_BT), sampled_CL, gamma=gamma, lam=lam, bootstrap_B=after_C
+    )
+    return in_rows(found[0]), in_rows(found[1])
 
 
 def before_turns(batch: Batch, values_BT: Float[Tensor, "B T"]) -> Float[Tensor, "N"]:

@@ -103,6 +103,16 @@ def test_a_critic_on_a_shared_body_sends_it_no_gradient_and_does_not_own_it() ->
     assert not judged(critic, pack(TURNS))[0].isclose(q).any(), "the actor moved, and with it what the critic reads"
 
 
+def test_nothing_is_dropped_where_a_critic_reads_with_the_actors_body() -> None:
+    module = lora.attach(language_model(), LoraConfig(rank=4, dropout=0.5)).train()
+    for name, weight in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    critic = UtteranceCritic.from_lm(module, shared_body=True)
+    assert all(map(torch.equal, judged(critic, pack(TURNS)), judged(critic, pack(TURNS))))
+    assert module.training, "the actor goes on as it was"
+
+
 @pytest.mark.parametrize("shared_body", [False, True])
 def test_the_target_is_another_critic_that_lags(shared_body: bool) -> None:
     module = language_model()

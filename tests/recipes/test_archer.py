@@ -609,6 +609,16 @@ def test_a_dry_run_prints_sizes_and_writes_nothing(train, game: list[str], capsy
     assert not run.out.exists()
 
 
+def test_what_an_adapter_drops_depends_on_the_seed_alone(train, game: list[str]) -> None:
+    flags = (*game, "--lora.rank", 2, "--lora.dropout", 0.5, "--steps", 2, "--episodes-per-step", 4)
+    flags += ("--warmup-steps", 0, "--critic-updates", 1, "--policy.epochs", 2, "--policy.loss", "clipped")
+    found = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        found.append(train("archer", *flags, name=f"run{state}").rows())
+    assert found[0] == found[1]
+
+
 @pytest.mark.learning
 @pytest.mark.seeds(0, 1, 2)
 def test_it_learns_which_key_fits_which_door(train, apprentice: Path, seed: int) -> None:

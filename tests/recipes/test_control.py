@@ -245,6 +245,18 @@ def test_evaluations_change_nothing_and_all_that_is_logged_has_a_description(
     assert unknown("control", judged) == set()
 
 
+def test_what_episodes_are_paid_besides_counts_in_an_evaluation_too(
+    train: Train, few: tuple[object, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "paid.py").write_text("def ten(completions, **_):\n    return [10.0] * len(completions)\n")
+    evaluated = ("--eval-every", 1, "--eval-episodes", 2, "--steps", 1)
+    run = train("control", *few, *evaluated, "--reward", f"{tmp_path / 'paid.py'}:ten")
+    (row,) = run.rows()
+    assert row["eval/reward/ten"] == row["reward/ten"] == 10
+    assert row["eval/reward/mean"] > 5 < row["reward/mean"]
+    assert unknown("control", run) == set()
+
+
 def test_a_run_may_begin_with_random_weights(train: Train, few: tuple[object, ...], driver: Path) -> None:
     first, again = (train("control", *few, "--untrained", "--steps", 1, name=name) for name in "ab")
     taught = load_file(driver / "model.safetensors")["model.embed_tokens.weight"]

@@ -13,7 +13,7 @@ from echelon.data.packing import Batch, pack
 from echelon.errors import ConfigError, DataError
 from echelon.models.heads import TokenValue
 from echelon.models.lm import load_lm
-from echelon.recipes.ppo import Config, after_rows, final_values, judge, mean_return
+from echelon.recipes.ppo import Config, final_values, judge, mean_return
 from echelon.train.learner import Learner
 from echelon.train.value import before_turns, value_loss
 from echelon.types import Episode, Turn
@@ -80,13 +80,27 @@ def test_gae_counts_sampled_tokens_and_skips_what_the_environment_said(value: Le
     assert sampled(batch, batch.returns) == [0.5 * 1.25, 1 + 0.5 * 0.5, 0.5, 1.0, 2.0]
 
 
-def test_a_row_that_the_next_turn_does_not_continue_bootstraps_from_the_value_before_that_turn() -> None:
+def test_values_before_turns_are_those_before_their_first_tokens() -> None:
     played = [two_turns("truncated", cut=True), two_turns("terminated")]
     batch = pack([turn for episode in played for turn in episode.turns])
     assert len(batch.tokens) == 3
     values_BT = torch.arange(3.0)[:, None] * 100 + torch.arange(batch.tokens.shape[1])
     assert before_turns(batch, values_BT).tolist() == [2.0, 101.0, 202.0, 205.0]
-    assert after_rows(batch, values_BT, played, torch.tensor([9.0, 0.0])).tolist() == [101.0, 9.0, 0.0]
+
+
+@pytest.mark.parametrize("ending", ["terminated", "truncated"])
+@pytest.mark.parametrize("credit", ["token", "turn"])
+def test_in_which_rows_the_turns_of_an_episode_lie_changes_nothing(value: Learner, credit: str, ending: str) -> None:
+    found = []
+    for cut in (False, True):
+        played = [two_turns(ending, cut=cut), two_turns("terminated", cut=cut)]
+        batch = pack([turn for episode in played for turn in episode.turns])
+        assert len(batch.tokens) == (4 if cut else 2)
+        cfg, paid = config(credit=credit, gamma=0.9, lam=0.8), earned(batch, played)
+        columns, metrics = judge(cfg, value, batch, played, paid)
+        read = [batch.by_turn(x_BT) for x_BT in (batch.advantages, batch.returns)]
+        found.append((read, columns["advantage"].tolist(), metrics, mean_return(cfg, batch, played, paid)))
+    assert found[0] == found[1]
 
 
 def test_final_values_are_read_after_the_last_token_of_each_cut_off_state(untrained: Path) -> None:

@@ -432,6 +432,16 @@ def test_what_is_evaluated_is_greedy_and_changes_nothing(train: Train, few: list
     assert rows == plain.rows()
 
 
+def test_what_dialogues_are_paid_besides_counts_in_an_evaluation_too(
+    train: Train, few: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "paid.py").write_text("def ten(completions, **_):\n    return [10.0] * len(completions)\n")
+    evaluated = ("--eval-every", 1, "--eval-episodes", 2, "--steps", 1)
+    (row,) = train("tosca", *few, *evaluated, "--reward", f"{tmp_path / 'paid.py'}:ten").rows()
+    assert row["eval/reward/ten"] == row["reward/ten"] == 10
+    assert row["eval/reward/mean"] > 5 < row["reward/mean"]
+
+
 def test_episodes_tell_the_q_table_of_every_choice(train: Train, few: list[str]) -> None:
     rows = train("tosca", *few, "--steps", 1).rows("episodes")
     for row in rows:

@@ -122,7 +122,16 @@ def recipes(files: dict[str, str], folder: Path) -> dict[str, list[str]]:
         "def reward(completions, **_):\n    return [float(len(t)) for t in completions]\n"
     )
     few = {
-        "archer": ["--episodes-per-step", "6", "--warmup-steps", "1", "--critic-updates", "2"],
+        "archer": [
+            "--episodes-per-step",
+            "6",
+            "--warmup-steps",
+            "0",
+            "--critic-updates",
+            "2",
+            "--critic-body",
+            "actor",
+        ],
         "ppo": ["--episodes-per-step", "6", "--warmup-steps", "1", "--policy.epochs", "1"],
         "rank": ["--episodes-per-step", "4", "--candidates", "3", "--warmup-steps", "1", "--ranker-updates", "2"],
     }

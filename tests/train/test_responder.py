@@ -18,8 +18,9 @@ from echelon.errors import ConfigError, DataError
 from echelon.models.heads import TokenValue
 from echelon.models.lm import tiny, token_logprobs
 from echelon.train.policy import PolicyConfig, SamplerMismatch
-from echelon.train.responder import Lower, ResponderConfig, gae_of_chains
+from echelon.train.responder import Lower, ResponderConfig
 from echelon.train.shaping import ShapingConfig
+from echelon.train.value import gae_of_chains
 from echelon.types import Turn
 
 PLAIN = ResponderConfig(shaping=ShapingConfig(), whiten=False, lam=1.0)
