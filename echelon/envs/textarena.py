@@ -11,6 +11,7 @@ import copy
 import io
 import math
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,13 +25,16 @@ TEST_SEEDS = 1_000_000
 """Tasks of the test split have seeds from here on."""
 WORD_DATA = "python -m nltk.downloader words averaged_perceptron_tagger_eng"
 
+_GLOBALS = threading.RLock()
+"""Random numbers and standard output belong to the process, and rollouts may play on several threads."""
+
 
 class TextArena:
     """One game of TextArena. The reward is the game's own and comes with its last turn; every end is `terminated`.
 
     `textarena_env` makes a subclass for each game. What the game says becomes one message a turn, without its echo of
     the player's words. Seeds decide everything: the games draw from Python's global random numbers, and each episode
-    keeps its own state of them, so that episodes may be played side by side.
+    keeps its own state of them, so that episodes may be played side by side, and on several threads.
     """
 
     name: str
@@ -96,18 +100,20 @@ class TextArena:
 
 @contextmanager
 def _apart(state: Any) -> Iterator[Callable[[], Any]]:
-    """Python's global random numbers are in this state in here, and as they were outside; nothing is printed.
+    """Python's global random numbers are in this state in here, and as they were outside; nothing is printed. One
+    thread at a time is in here.
 
     Gives the function that tells, after the block, in which state they were left.
     """
-    outside, inside = random.getstate(), state
-    random.setstate(state)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield lambda: inside
-    finally:
-        inside = random.getstate()
-        random.setstate(outside)
+    with _GLOBALS:
+        outside, inside = random.getstate(), state
+        random.setstate(state)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                yield lambda: inside
+        finally:
+            inside = random.getstate()
+            random.setstate(outside)
 
 
 def textarena_env(name: str, settings: Mapping[str, Any] | None = None) -> EnvSpec:

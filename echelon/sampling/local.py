@@ -159,21 +159,22 @@ class LocalSampler:
         if not self._running and self._fingerprint() != self._weights:
             self._forget()  # the module was trained since: keys and values of the old weights are void
         later: list[_Request] = []
-        while self._waiting and len(self._running) < self.concurrency:
-            request = self._waiting.popleft()
-            if request.done.done():
-                continue  # given up
-            source, shared = self._cache.find(request.prompt)
-            if source is not None and min(shared, len(request.prompt) - 1) >= source.known + BLOCK:
-                later.append(request)
-                continue
-            length = len(request.prompt) + min(request.params.max_tokens, self.cache_tokens)
-            request.resident = self._cache.open(request.prompt, length, source, shared, must=not self._running)
-            if request.resident is None:
-                later.append(request)
-                break
-            self._running.append(request)
-        self._waiting.extendleft(reversed(later))
+        try:
+            while self._waiting and len(self._running) < self.concurrency:
+                request = self._waiting.popleft()
+                if request.done.done():
+                    continue  # given up
+                later.append(request)  # until it has a place
+                source, shared = self._cache.find(request.prompt)
+                if source is not None and min(shared, len(request.prompt) - 1) >= source.known + BLOCK:
+                    continue
+                length = len(request.prompt) + min(request.params.max_tokens, self.cache_tokens)
+                request.resident = self._cache.open(request.prompt, length, source, shared, must=not self._running)
+                if request.resident is None:
+                    break
+                self._running.append(later.pop())
+        finally:  # should the memory end here, those without a place are told, too
+            self._waiting.extendleft(reversed(later))
 
     @torch.inference_mode()
     def _step(self) -> None:

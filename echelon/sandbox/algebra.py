@@ -62,6 +62,6 @@ class Algebra(Program):
             start_new_session=True,
         )
         self._end = weakref.finalize(self, remove_child, self._child, home)
-        self._send({"memory_bytes": self.limits.memory_mib << 20})
+        self._send({"memory_bytes": self.limits.memory_mib << 20}, _STARTUP)
         self._receive(_STARTUP)
         return ""

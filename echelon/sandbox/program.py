@@ -57,6 +57,7 @@ MODULES = (
 
 _CHECK_EVERY = 0.02
 _STARTUP_SECONDS = 30.0
+_END_SECONDS = 5.0
 _LEAST_MEMORY = 64 << 20
 
 
@@ -111,7 +112,7 @@ class Program:
         """
         with self._lock:
             self.start()
-            self._send({"function": function, "arguments": arguments})
+            self._send({"function": function, "arguments": arguments}, self.limits)
             return self._answer(asked)["value"]
 
     def start(self) -> str:
@@ -137,8 +138,8 @@ class Program:
             "memory_bytes": max(_LEAST_MEMORY, self.limits.memory_mib << 20),
             "output_chars": self.limits.output_chars,
         }
-        self._send(setup)
         patient = Limits(_STARTUP_SECONDS, _STARTUP_SECONDS)  # Python itself starts and imports
+        self._send(setup, patient)
         self.missing = tuple(self._receive(patient)["missing"])
         try:
             return str(self._answer()["printed"])
@@ -162,7 +163,7 @@ class Program:
         answer = self._receive(self.limits)
         while asked is not None and answer.keys() == {"ask"}:
             try:
-                self._send(asked(answer["ask"]))
+                self._send(asked(answer["ask"]), self.limits)
             except BaseException:
                 self.close()
                 raise
@@ -174,25 +175,32 @@ class Program:
             raise ProgramError("it wrote something else than an answer", "crash")
         return answer
 
-    def _send(self, message: Any) -> None:
+    def _send(self, message: Any, limits: Limits) -> None:
+        """One line for the child, which must read it within its limits."""
         assert self._child is not None
         assert self._child.stdin is not None
-        try:
-            self._child.stdin.write(json.dumps(message).encode() + b"\n")
-            self._child.stdin.flush()
-        except OSError:
-            raise self._gone() from None
+        pipe = self._child.stdin.fileno()
+        check = self._watch(limits)
+        left = memoryview(json.dumps(message).encode() + b"\n")
+        while left:
+            check()
+            if not select.select([], [pipe], [], _CHECK_EVERY)[1]:
+                continue
+            try:
+                left = left[os.write(pipe, left[: select.PIPE_BUF]) :]  # so much never blocks
+            except OSError:
+                raise self._gone() from None
 
     def _receive(self, limits: Limits) -> dict[str, Any]:
         """The next line from the child, as long as it stays within its limits."""
         assert self._child is not None
         assert self._child.stdout is not None
         pipe = self._child.stdout.fileno()
-        began, used = time.monotonic(), self.processor_seconds()
+        check = self._watch(limits)
         most = 12 * limits.output_chars + 10_000  # a character is up to six bytes of JSON, result and print-out
         while b"\n" not in self._unread:
+            check()
             if not select.select([pipe], [], [], _CHECK_EVERY)[0]:
-                self.check_time(began, used, limits)
                 continue
             part = os.read(pipe, 1 << 16)
             self._unread += part
@@ -210,6 +218,19 @@ class Program:
             self.close()
             raise ProgramError("it wrote something else than an answer", "crash")
         return answer
+
+    def _watch(self, limits: Limits) -> Callable[[], None]:
+        """A check that what follows stays within its time. To be called often: it looks now and then."""
+        began, used = time.monotonic(), self.processor_seconds()
+        looked = began
+
+        def check() -> None:
+            nonlocal looked
+            if time.monotonic() - looked >= _CHECK_EVERY:
+                self.check_time(began, used, limits)
+                looked = time.monotonic()
+
+        return check
 
     def check_time(self, began: float, used: float, limits: Limits | None = None) -> None:
         """End the child and raise ProgramError if it has taken too long since a time and `processor_seconds`."""
@@ -232,9 +253,13 @@ class Program:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _gone(self) -> ProgramError:
-        """Why the child is gone."""
+        """Why the child is gone, which it is within a moment of the end of its pipe, if it plays no tricks."""
         assert self._child is not None
-        status = self._child.wait()
+        try:
+            status = self._child.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return ProgramError("it closed its pipe and went on", "crash")
         self.close()
         if status < 0:
             return ProgramError(f"it crashed (signal {-status})", "crash")

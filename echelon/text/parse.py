@@ -8,6 +8,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+LONGEST_NUMBER = 1000
+"""Most characters of what is read as a number. Python raises ValueError for an int of more than 4300 digits."""
+
 _FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 _FENCED = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _WRITTEN = re.compile(r"\\text\{([^{}]*)\}|\\left|\\right|\\[,!;: ]|\\\(|\\\)|[\s$]")
@@ -26,11 +29,14 @@ def marked_answer(text: str) -> str | None:
 
 
 def as_number(text: str) -> Fraction | None:
-    r"""The number that a text is, exactly: 1,234.50, -3/4, \frac{1}{2}; None if it is anything else.
+    r"""The number that a text is, exactly: 1,234.50, -3/4, \frac{1}{2}; None if it is anything else, or longer than
+    `LONGEST_NUMBER`.
 
     Signs of dollars and per cent are units, not part of it: 20% is 20.
     """
     plain = _FRACTION.sub(r"\1\2/\3", _plain(text)).rstrip(".").removesuffix("%").removesuffix("\\")
+    if len(plain) > LONGEST_NUMBER:
+        return None
     if not re.fullmatch(r"[-+]?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?(/0*[1-9]\d*)?|[-+]?\.\d+", plain):
         return None
     above, _, below = plain.replace(",", "").partition("/")

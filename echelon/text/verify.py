@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from echelon.text.parse import as_number, marked_answer, program_in
+from echelon.text.parse import LONGEST_NUMBER, as_number, marked_answer, program_in
 
 Compare = Callable[[str, str], bool]
 """Whether two formulas in LaTeX, the right one last, mean the same. Raises Unread where it cannot tell."""
@@ -34,8 +34,9 @@ class Finding:
     """Why none could be read."""
 
 
+# `*+` takes all and never gives back: it saves the time of trying every division of a long text that does not match.
 _STATED = re.compile(
-    r"(?:\banswers?|\bresult|\bsolutions?)\b(?:\s+(?:to|for)\b[^.\n:]{0,80}?)?\s*(?:\*\*)?\s*"
+    r"(?:\banswers?|\bresult|\bsolutions?)\b(?:\s++(?:to|for)\b[^.\n:]{0,80}?)?\s*+(?:\*\*)?+\s*+"
     r"(?:(?:is|are|equals|would be|must be)\b\s*:?|[:=])\s*(?:\*\*)?\s*",
     re.IGNORECASE,
 )
@@ -100,8 +101,8 @@ def _words(text: str) -> str:
 _ONE_LETTER = r"\(?\[?\{?(?P<letter>[A-J])\}?\]?\)?"
 _LETTER_STATED = re.compile(
     r"(?:(?i:answer|option|choice|choose|select|pick|answered|it'?s|must\s+be))"
-    r"(?:\s+(?i:is|should\s+be|would\s+be|must\s+be|option|choice|letter|to\s+go\s+with|with)|\s*[:=\-–])*"
-    rf"[\s*_\"'$]*(?:\\(?:text|textbf|mathbf|mathrm|boxed)\{{)*[\s*_\"'$]*{_ONE_LETTER}(?![A-Za-z'])"
+    r"(?:\s+(?i:is|should\s+be|would\s+be|must\s+be|option|choice|letter|to\s+go\s+with|with)|\s*[:=\-–]){0,20}"
+    rf"[\s*_\"'$]*+(?:\\(?:text|textbf|mathbf|mathrm|boxed)\{{)*+[\s*_\"'$]*+{_ONE_LETTER}(?![A-Za-z'])"
     r"(?=(?P<rest>[^\n]{0,40}))"
 )
 _LETTER_LINE = re.compile(rf"^[\s*_\"'$#>-]*{_ONE_LETTER}(?:[\s*_\"'$]*$|[\s*_]*[).:\]][\s*_]*(?P<rest>.*)$)")
@@ -221,6 +222,8 @@ def _amounts(text: str) -> list[Fraction]:
 def _amount(text: str) -> Fraction | None:
     """A text that is a number and nothing else."""
     plain = _grouped(text.translate(_UNICODE)).strip()
+    if len(plain) > LONGEST_NUMBER:
+        return None
     plain = re.sub(r"\\[dt]?frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}", plain)
     plain = re.sub(r"^([-+]?)\s?(?:\\?\$|€|£|¥|USD\s?)\s?", r"\1", plain)
     if mixed := _MIXED.fullmatch(plain):
@@ -249,7 +252,7 @@ _PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])(?!and\b|or\b|sqrt|sin|cos|tan|log|ln)
 _BASED = re.compile(r"([0-9A-Za-z]+)\s*_\s*\{?\s*(\d+)\s*\}?")
 _QUANTITY = re.compile(
     r"[^\d\\^=+*/_{}<>|()]*?-?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
-    r"(?:[ -]*(?:[A-Za-z]{3,}|[cmk]m|[km]g|ml|in|ft|yd|mi|lb|oz|hr|of|by|to|[mgshL](?![A-Za-z])|%|[.,;]))*"
+    r"(?:[ -]*+(?:[A-Za-z]{3,}+|[cmk]m|[km]g|ml|in|ft|yd|mi|lb|oz|hr|of|by|to|[mgshL](?![A-Za-z])|%|[.,;]))*+"
 )
 
 

@@ -4,6 +4,8 @@ import enum
 import importlib.util
 import random
 import sys
+import threading
+import time
 from types import ModuleType
 
 import pytest
@@ -202,6 +204,28 @@ def test_episodes_side_by_side_are_the_episodes_one_by_one():
     together = played(spec, [1, 2, 3])
     assert together == {seed: played(spec, [seed])[seed] for seed in (1, 2, 3)}
     assert len({tuple(said) for said in together.values()}) == 3
+
+
+@pytest.mark.usefixtures("textarena")
+def test_episodes_on_several_threads_are_the_episodes_one_by_one(monkeypatch):
+    """Turns take a while, so that threads would meet in one."""
+    spec = load_env("textarena:HighLow-v0")
+    seeds, out = [1, 2, 3, 4], sys.stdout
+    alone = {seed: played(spec, [seed])[seed] for seed in seeds}
+    step, together = HighLow.step, {}
+
+    def slowly(game, action):
+        time.sleep(0.01)
+        return step(game, action)
+
+    monkeypatch.setattr(HighLow, "step", slowly)
+    threads = [threading.Thread(target=lambda seed=seed: together.update(played(spec, [seed]))) for seed in seeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert together == alone
+    assert sys.stdout is out
 
 
 @pytest.mark.usefixtures("textarena")

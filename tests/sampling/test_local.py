@@ -340,6 +340,34 @@ def test_a_failure_of_the_model_reaches_everybody_and_the_engine_recovers(
     assert_plain(module, requests, completions)
 
 
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_failure_to_find_room_reaches_everybody_and_the_engine_recovers(
+    call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two have a beginning in common, so one waits while the other's is read."""
+    module, tokenizer = fresh()
+    engine = LocalSampler(module, tokenizer)
+    alike = [([*ids(40, 0), last], SamplingParams(max_tokens=5)) for last in (9, 7)]
+    requests = [*alike, *((ids(20 + n, n), SamplingParams(max_tokens=5, seed=n)) for n in range(1, 4))]
+    cache, calls = engine._cache, 0
+    opened = cache.open
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise MemoryError("the memory is full")
+        return opened(*args, **kwargs)
+
+    async def twice() -> tuple[list[Completion | BaseException], list[Completion | BaseException]]:
+        monkeypatch.setattr(cache, "open", fail)
+        return await answers(engine, requests), await answers(engine, requests)
+
+    failed, fine = asyncio.run(asyncio.wait_for(twice(), timeout=60))
+    assert [str(answer) for answer in failed] == ["the memory is full"] * 5
+    assert_plain(module, requests, [answer for answer in fine if isinstance(answer, Completion)])
+
+
 def test_a_request_that_is_given_up_disturbs_no_other() -> None:
     module, tokenizer = small()
     engine = LocalSampler(module, tokenizer, concurrency=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 
@@ -149,6 +150,27 @@ def test_whatever_a_program_does_it_gets_nothing_and_the_reason_is_said(
     assert "\n" not in grade.said
     assert time.monotonic() - began < 30
     assert graded(examiner, "def add(a, b): return a + b").rate == 1, "the next one is graded as ever"
+
+
+def test_a_program_that_answers_for_itself_and_then_reads_nothing_is_ended() -> None:
+    program = """
+        try:
+            raise ValueError
+        except ValueError as error:
+            frame = error.__traceback__.tb_frame
+        while "answers" not in frame.f_locals:
+            frame = frame.f_back
+        frame.f_locals["answers"].write('{"value": {"f": {"thing": 0}}, "printed": ""}\\n')
+        frame.f_locals["answers"].flush()
+        while True: pass
+    """
+    examiner, grades = Examiner(Limits(cpu_seconds=1, wall_seconds=20)), list[Grade]()
+    exam = read_exam("assert f(list(range(100000))) == 1")
+    grading = threading.Thread(target=lambda: grades.append(graded(examiner, program, exam)), daemon=True)
+    grading.start()
+    grading.join(60)
+    assert [(grade.rate, grade.reason) for grade in grades] == [(0, "time")]
+    examiner.close()
 
 
 def test_time_counts_for_all_tests_together(examiner: Examiner) -> None:

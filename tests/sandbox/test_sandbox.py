@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,11 @@ BOMBS = {
     "a forged answer": ("module('os').write(3, b'nonsense\\n')", "it wrote something else than an answer"),
     "a forged object": ("module('os').write(3, b'{}\\n')", "it wrote something else than an answer"),
     "a flood": ("while True: module('os').write(3, b'x' * 4096)", "it wrote more than the limit allows"),
+    "a trickle": (
+        "while True:\n    module('os').write(3, b'x')\n    module('time').sleep(0.002)",
+        "took more than 3 s",
+    ),
+    "a closed pipe and no end": ("module('os').close(3)\nwhile True: pass", "it closed its pipe and went on"),
     "an error of many lines": ("raise ValueError('one\\ntwo')", r"^ValueError: one \(line \d+\)$"),
 }
 
@@ -130,6 +136,49 @@ def test_a_program_that_takes_too_much_is_ended_and_the_reason_said(body: str, s
     with pytest.raises(ProgramError, match=said) as caught:
         attack(body)
     assert "\n" not in str(caught.value)
+
+
+DEAF = """
+def attack():
+    try:
+        raise ValueError
+    except ValueError as error:
+        frame = error.__traceback__.tb_frame
+    while "answers" not in frame.f_locals:
+        frame = frame.f_back
+    answers = frame.f_locals["answers"]
+    answers.write('{"value": "forged", "printed": ""}\\n')
+    answers.flush()
+    while True: pass
+def take(numbers): return len(numbers)
+"""
+
+
+def in_a_minute(work: Callable[[], Any]) -> Any:
+    """What the work returns, or the error that it raises; the test fails if it takes more than a minute."""
+    found: list[Any] = []
+
+    def collect() -> None:
+        try:
+            found.append(work())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found, "it hangs"
+    return found[0]
+
+
+def test_a_program_that_no_longer_reads_is_ended() -> None:
+    program = Program(DEAF, limits=LIMITS)
+    assert program.call("attack") == "forged"
+    error = in_a_minute(lambda: program.call("take", list(range(100_000))))
+    assert isinstance(error, ProgramError)
+    assert "computed for more than 0.3 s" in str(error)
+    assert program.call("take", list(range(100_000))) == 100_000, "a request of any size reaches one that reads"
+    program.close()
 
 
 def test_secrets_of_the_parent_are_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,9 @@ def test_the_answer_is_what_is_marked(text: str, answer: str | None) -> None:
         ("x", None),
         ("", None),
         ("²", None),
+        ("3" * 4400, None),
+        ("1/" + "3" * 4400, None),
+        ("3" * 1000, Fraction(10**1000 - 1, 3)),
     ],
 )
 def test_a_number_is_read_exactly_or_not_at_all(text: str, number: Fraction | None) -> None:

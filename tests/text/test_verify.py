@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from echelon.text.verify import (
@@ -186,6 +189,37 @@ def test_sentences_are_not_formulas() -> None:
     assert check_math("I do not know.", "5", refuses).why == "it states words, or words and formulas mixed"
     assert check_math("", "5", refuses).why == "it says nothing"
     assert check_math(r"\boxed{" + "1+" * 300 + "1}", "5", refuses).why == "it states no answer, only a long line"
+
+
+def finding(call: str) -> str:
+    """What a check finds, in a process that is ended after a minute."""
+    program = f"from echelon.text.verify import check_choice, check_exact, check_math\nprint({call}.right)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    return found.stdout.strip()
+
+
+def test_a_number_before_a_long_sentence_takes_no_longer_than_its_words() -> None:
+    words = " ".join(["because the children bought several more oranges yesterday together with"] * 3)
+    assert finding(f"check_math('The answer is 12 apples {words} (see above)', '12')") == "None"
+    assert finding(f"check_math('The answer is 12 apples {words}', '12')") == "True"
+
+
+@pytest.mark.parametrize("check", ["check_exact", "check_choice"])
+def test_a_long_gap_takes_no_longer_than_its_blanks(check: str) -> None:
+    assert finding(f"{check}('The answer' + ' ' * 40_000 + 'x', 'B')") in ("False", "None")
+    assert finding(f"{check}('The answer' + ' ' * 40_000 + 'is **B**', 'B')") == "True"
+
+
+def test_a_word_said_without_end_takes_no_longer_than_its_words() -> None:
+    assert finding("check_choice('option ' * 20_000 + 'x', 'B')") == "None"
+
+
+def test_digits_without_end_are_no_number() -> None:
+    for answer in ("3" * 4400, "1/" + "3" * 4400, "1 2/" + "3" * 4400):
+        assert check_number(f"So the answer is {answer}", "7").right is not True
+        assert check_number(rf"\boxed{{{answer}}}", "7").right is None
+        assert not is_plain(answer)
+    assert check_number("So the answer is " + "3" * 900, "3" * 900).right is True
 
 
 def test_without_a_library_formulas_cannot_be_read_and_numbers_can() -> None:
