@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from echelon.config import CommandConfig
-from echelon.errors import ConfigError
+from echelon.errors import ConfigError, did_you_mean
 from echelon.train.log import typed
 from echelon.view.compare import by_level, differences, evaluated, groups
 from echelon.view.episodes import short
@@ -63,6 +63,7 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         print("\n".join(str(run.path) for run in runs))
         return
+    check_metrics(cfg, runs)
     found = compared(runs, cfg.metric)
     if cfg.csv:
         write_csv(Path(cfg.csv), list(flat(found)), COLUMNS)
@@ -71,6 +72,15 @@ def main(cfg: Config) -> None:
     else:
         show(cfg, runs, found)
     refuse(missed)
+
+
+def check_metrics(cfg: Config, runs: Sequence[Run]) -> None:
+    """Raise ConfigError for a part that is in the name of no metric."""
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics.columns if name != "seconds"))
+    parts = [*names, *{part for name in names for part in name.split("/")}]
+    for word in cfg.metric:
+        if not any(word in name for name in names):
+            raise ConfigError(f"metric = {word}: no run has a metric with that in its name.{did_you_mean(word, parts)}")
 
 
 def compared(runs: Sequence[Run], wanted: Sequence[str] = ()) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def write_page(page: Path, text: str) -> None:
         scratch.write_bytes(text.encode("utf-8", errors="replace"))
         os.replace(scratch, page)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written nothing is left behind
+            scratch.unlink()
         raise CheckpointError(f"{page}: cannot be written ({error.strerror}). Choose another --out.") from error
 
 

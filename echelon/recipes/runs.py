@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from echelon.config import CommandConfig, demand
-from echelon.errors import did_you_mean
+from echelon.errors import ConfigError, did_you_mean
 from echelon.train.log import typed
 from echelon.view.runs import Run, find_runs, read_run, refuse, short_names
 from echelon.view.tables import COLUMNS, listed, order, parse_condition, to_json, write_csv
@@ -80,6 +80,7 @@ def main(cfg: Config) -> None:
     runs = [read_run(path) for path in paths]
     for run, name in zip(runs, short_names(paths), strict=True):
         run.name = name
+    check_metrics(cfg, runs)
     rows = chosen(cfg, runs)
     columns = (*COLUMNS, *cfg.metric)
     if cfg.csv:
@@ -89,6 +90,14 @@ def main(cfg: Config) -> None:
     else:
         show(cfg, rows, of=len(runs))
     refuse(missed)
+
+
+def check_metrics(cfg: Config, runs: Sequence[Run]) -> None:
+    """Raise ConfigError for a metric that no run has."""
+    known = list(dict.fromkeys(name for run in runs for name in run.metrics.columns))
+    for name in cfg.metric:
+        if name not in known:
+            raise ConfigError(f"metric = {name}: no run has a metric of that name.{did_you_mean(name, known)}")
 
 
 def chosen(cfg: Config, runs: Sequence[Run]) -> list[dict[str, Any]]:

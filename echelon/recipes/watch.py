@@ -94,12 +94,17 @@ def look(cfg: Config, watched: Watched) -> None:
         out.print(frame(*first(runs)))
     else:
         with Live(frame(*first(runs)), console=out, auto_refresh=False, vertical_overflow="crop") as live:
-            while any(run.state == "training" for run in runs) or not any(run.done for run in runs):
+            while any(run.state == "training" for run in runs) or not any(map(begun, runs)):
                 time.sleep(cfg.every)
                 runs = watched.runs()
                 live.update(frame(*first(runs)), refresh=True)
     end = f"All of it in one page: {typed('report', *cfg.runs)}"
     out.print(end, highlight=False, markup=False, soft_wrap=True)
+
+
+def begun(run: Run) -> bool:
+    """Whether it has a step, or is an evaluation, which never has one."""
+    return bool(run.done) or run.state == "evaluated"
 
 
 def first(runs: Sequence[Run]) -> tuple[Run, list[Run]]:

@@ -40,12 +40,12 @@ LEVELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 """Which level, who that is, and how the names of its metrics begin."""
 
-OUTCOMES = ("reward/mean", "eval/reward/mean", "accuracy", "eval/accuracy", "eval/loss", "loss", "policy/loss")
-"""What a run is for: the first of these that it has."""
+OUTCOMES = ("reward/mean", "eval/reward/mean", "eval/return", "accuracy", "eval/accuracy", "eval/loss", "loss")
+"""What a run is for: the first of these that it has often enough. The loss of a policy is none: it is no score."""
 
 
 FEWEST = 4
-"""Steps from which on anything is said of learning."""
+"""Values from which on anything is said of learning."""
 
 
 def level_of(name: str) -> tuple[str, str] | None:
@@ -91,16 +91,22 @@ def moved(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def outcome_of(metrics: Metrics) -> str:
-    """The metric that says what a run is for; empty if it has none."""
-    return next((name for name in OUTCOMES if metrics.finite(name)), "")
+    """The metric that says what a run is for, if possible one that is recorded often enough; empty if it has none."""
+    counts = {name: len(metrics.finite(name)) for name in OUTCOMES}
+    return next((name for enough in (FEWEST, 1) for name in OUTCOMES if counts[name] >= enough), "")
 
 
 def learned(metrics: Metrics) -> Verdict:
     """Did it learn: the outcome of the last fifth of the steps against that of the first."""
     name = outcome_of(metrics)
     values = metrics.finite(name)
+    if not name:
+        text = "Nothing that is recorded says what the run is for: no return, no accuracy, no loss but that of a part."
+        return Verdict("Did it learn?", "none", f"{text} Let it play test games: echelon evaluate.")
     if len(values) < FEWEST:
-        return Verdict("Did it learn?", "none", "Too few steps are recorded to tell.")
+        times = "once" if len(values) == 1 else f"{len(values)} times"
+        text = f"Too few steps are recorded to tell: {name} is there {times}, and {FEWEST} are needed."
+        return Verdict("Did it learn?", "none", text)
     before, after, errors = moved(values)
     better = after < before if name.endswith("loss") else after > before
     way = "rose" if after > before else "fell"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from echelon import __version__
 from echelon.view import health
-from echelon.view.compare import evaluation, groups, headings, settings
+from echelon.view.compare import early, evaluation, groups, headings, late, settings
 from echelon.view.episodes import Scan, dumps, short, size, written
 from echelon.view.runs import Metrics, Row, Run
 
@@ -109,6 +109,7 @@ def assemble(told: str, *, live: bool = False) -> str:
 def describe(run: Run, found: Scan) -> Row:
     """What is said of one run: verdicts, and where its time went."""
     metrics = run.metrics
+    outcome = health.outcome_of(metrics)
     return {
         "name": run.name,
         "path": str(run.path),
@@ -122,7 +123,9 @@ def describe(run: Run, found: Scan) -> Row:
         "seconds": (metrics.finite("seconds") or [0.0])[-1],
         "perStep": run.per_step,
         "episodes": len(found.places),
-        "outcome": health.outcome_of(metrics),
+        "outcome": outcome,
+        "first": short(early(run, outcome), 5),
+        "last": short(late(run, outcome), 5),
         "learned": verdict(health.learned(metrics)) if metrics.steps else None,
         "levels": [verdict(one) for one in health.levels(metrics)],
         "checks": [verdict(one) for one in health.checks(metrics, found)],
@@ -138,16 +141,23 @@ def verdict(one: health.Verdict) -> Row:
 
 
 def thin(metrics: Metrics, points: int) -> Row:
-    """Curves of a run with so many points at most; each point of a longer one is the mean of `every` steps."""
+    """Curves of a run with so many points at most; each point of a longer one is the mean of `every` steps.
+
+    `sparse` has the places of the points of those curves that not every point is one of: where no row has it.
+    """
     count = len(metrics.steps)
     every = -(-count // points) if count else 1
-    spans = [slice(at, at + every) for at in range(0, count, every)]
-    columns = {
-        name: [short(mean(values[span]), 5) for span in spans]
-        for name, values in metrics.columns.items()
-        if any(value is not None for value in values)
-    }
-    return {"every": every, "steps": [metrics.steps[span][-1] for span in spans], "columns": columns}
+    spans = [range(at, min(at + every, count)) for at in range(0, count, every)]
+    columns: dict[str, list[float | int | None]] = {}
+    sparse: dict[str, list[int]] = {}
+    for name, values in metrics.columns.items():
+        if all(value is None for value in values):
+            continue
+        columns[name] = [short(mean(values[span.start : span.stop]), 5) for span in spans]
+        lacking = metrics.absent.get(name, set())
+        there = [place for place, span in enumerate(spans) if not lacking.issuperset(span)]
+        sparse |= {name: there} if len(there) < len(spans) else {}
+    return {"every": every, "steps": [metrics.steps[span[-1]] for span in spans], "columns": columns, "sparse": sparse}
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -57,6 +57,8 @@ class Metrics:
 
     steps: list[int] = field(default_factory=list)
     columns: dict[str, list[float | None]] = field(default_factory=dict)
+    absent: dict[str, set[int]] = field(default_factory=dict)
+    """Name → places of the steps whose rows do not have it; only of names that some row lacks."""
 
     def __getitem__(self, name: str) -> list[float | None]:
         return self.columns.get(name, [])
@@ -64,6 +66,11 @@ class Metrics:
     def finite(self, name: str) -> list[float]:
         """The numbers there are, in the order of the steps."""
         return [value for value in self[name] if value is not None]
+
+    def recorded(self, name: str) -> list[float | None]:
+        """The column without the steps whose rows do not have it; what is not finite stays None."""
+        lacking = self.absent.get(name, ())
+        return [value for place, value in enumerate(self[name]) if place not in lacking]
 
 
 @dataclass(slots=True)
@@ -97,8 +104,10 @@ class Run:
 
     @property
     def per_step(self) -> int | None:
-        """Episodes that a step plays, as far as the settings say."""
+        """Episodes that a step plays, as far as the settings say; None where it learns from what is recorded."""
         here = self.settings
+        if here.get("offline"):
+            return None
         if "episodes_per_step" in here:
             return whole(here["episodes_per_step"])
         tasks, siblings = whole(here.get("tasks_per_step")), whole(here.get("group_size", 1))
@@ -243,9 +252,11 @@ def read_metrics(path: Path, notes: list[str]) -> Metrics:
     names = dict.fromkeys(name for row in by_step.values() for name in row if name != "step")
     broken: dict[str, int] = {}
     for name in names:
-        metrics.columns[name] = [number(by_step[step].get(name)) for step in metrics.steps]
-        absent = sum(name in row and number(row[name]) is None for row in by_step.values())
-        broken |= {name: absent} if absent else {}
+        metrics.columns[name] = column = [number(by_step[step].get(name)) for step in metrics.steps]
+        absent = {place for place, step in enumerate(metrics.steps) if name not in by_step[step]}
+        metrics.absent |= {name: absent} if absent else {}
+        gaps = column.count(None) - len(absent)
+        broken |= {name: gaps} if gaps else {}
     if broken:
         listed = ", ".join(f"{name} in {count} of {len(by_step)} steps" for name, count in list(broken.items())[:5])
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
@@ -358,5 +369,5 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def seedless(name: str) -> str:
-    """The name of a run without what says which seed it is: `archer/seed_3` is `archer`."""
-    return re.sub(r"[/_.-]*\b(seed|s)[_-]?\d+\b|[/_.-]+\d+$", "", name) or name
+    """The name of a run without what says which seed it is: `archer/seed_3` is `archer`; of `seed_3` alone, `seeds`."""
+    return re.sub(r"[/_.-]*\b(seed|s)[_-]?\d+\b|[/_.-]+\d+$", "", name).lstrip("/") or "seeds"

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,20 +56,36 @@ def listed(run: Run, metrics: Sequence[str] = ()) -> Row:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What a run must be: a column, a metric or a setting compared with a value. A run that lacks it is not meant."""
+    """What a run must be: a column, a metric or a setting compared with a value. A run that lacks it is not meant.
+
+    What is called as a column is the column; of a metric and a setting of one name it is the metric, if there is one.
+    """
 
     name: str
     sign: str
     value: str
 
     def holds(self, run: Run, row: Mapping[str, Any]) -> bool:
-        """Whether the run is so. Numbers are compared as numbers, everything else as text."""
+        """Whether the run is so. Numbers are compared as numbers, everything else as text; a list is equal to each of
+        its entries, and to all of them with commas between them."""
         found = row[self.name] if self.name in row else late(run, self.name)
-        found = run.settings.get(self.name) if found is None else found
-        if found is None:
+        if found is None and self.name not in COLUMNS:
+            found = run.settings.get(self.name)
+        if isinstance(found, list | tuple):
+            return self._holds_of_list(found)
+        return found is not None and self._holds_of(found)
+
+    def _holds_of_list(self, found: Sequence[Any]) -> bool:
+        if self.sign in ("<", ">", "<=", ">="):
             return False
+        same = Condition(self.name, "=", self.value)
+        whole = ",".join(part.strip() for part in self.value.split(","))
+        there = any(same._holds_of(one) for one in found) or ",".join(map(str, found)) == whole
+        return there == (self.sign != "!=")
+
+    def _holds_of(self, found: object) -> bool:
         try:
-            mine, theirs = float(found), float(self.value)
+            mine, theirs = float(found), float(self.value)  # type: ignore[arg-type]  # what is no number is text
         except (TypeError, ValueError):
             said = str(found).lower() if isinstance(found, bool) else str(found)
             return (said == self.value) == (self.sign != "!=")
@@ -122,7 +139,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    scratch = path.with_name(f".{path.name}.tmp")
+    scratch = path.parent / f".{path.name}.tmp"  # "." and "/", which have no name, are folders: that is told below
     try:
         if path.exists() and path.read_bytes().partition(b",")[0].strip() != columns[0].encode():
             raise CheckpointError(f"{path}: there is a file that is no such table, and it stays. Choose another --csv.")
@@ -130,5 +147,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
         scratch.write_text(text.getvalue(), encoding="utf-8", errors="replace")
         os.replace(scratch, path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written nothing is left behind
+            scratch.unlink()
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}). Choose another --csv.") from error

@@ -105,8 +105,8 @@ def metrics_table(run: Run) -> Table:
 
 
 def spark(metrics: Metrics, name: str, width: int = WIDEST_SPARK) -> str:
-    """A curve as bars, each the mean of as many steps; a gap where no number is finite."""
-    values = metrics[name]
+    """A curve as bars, each the mean of as many of the steps that have it; a gap where no number is finite."""
+    values = metrics.recorded(name)
     every = -(-len(values) // width) if values else 1
     means = []
     for at in range(0, len(values), every):

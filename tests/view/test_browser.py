@@ -280,6 +280,96 @@ def test_a_curve_is_looked_at_closer_and_told_in_numbers(browser: Any, report: P
     assert tab.quiet(), tab.complaints
 
 
+PAINTED = """name => {
+  const named = (figure) => figure.querySelector("figcaption span").textContent;
+  const figure = [...document.querySelectorAll("figure")].find((one) => named(one) === name);
+  const canvas = figure.querySelector("canvas");
+  if (!canvas) return null;
+  const { data: all, width } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const wanted = [1, 3, 5].map((from) => parseInt(color(0).slice(from, from + 2), 16));
+  const columns = new Set();
+  let count = 0;
+  for (let at = 0; at < all.length; at += 4) {
+    if (all[at + 3] < 200 || wanted.some((one, part) => Math.abs(one - all[at + part]) > 24)) continue;
+    count++;
+    columns.add((at / 4) % width);
+  }
+  return [count, columns.size / width, Math.max(...columns) / width];
+}"""
+"""Of a figure, in the colour of the first curve: pixels, the part of its columns that has some, where the last is."""
+
+
+def drawn(browser: Any, folder: Path, name: str) -> Tab:
+    """The page of the runs in a folder, its curves without smoothing and `name` drawn."""
+    assert cli.main(["report", str(folder), "--out", str(folder / "page.html")]) == 0
+    tab = Tab(browser, folder / "page.html")
+    tab.go("curves")
+    tab.page.get_by_label("Smoothing").evaluate("one => { one.value = 0; one.dispatchEvent(new Event('input')); }")
+    tab.page.get_by_label("Find").fill(name)
+    tab.until("document.querySelectorAll('figure').length", 1)
+    tab.page.wait_for_selector("figure canvas")
+    tab.page.wait_for_timeout(300)
+    return tab
+
+
+def seldom(values: dict[int, float | None], shift: float) -> list[dict[str, Any]]:
+    """Forty steps, of which few have a test."""
+    told = {at: {"eval/loss": None if value is None else value + shift} for at, value in values.items()}
+    return [{"step": at, "seconds": at + 1.0 + shift, "loss": 1.0} | told.get(at, {}) for at in range(40)]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(
+    ("values", "least", "most"),
+    [
+        ({9: 3.0, 19: 2.0, 29: 2.5, 39: 1.0}, 0.5, 1.0),  # a line over the figure
+        ({39: 1.0}, 0.001, 0.1),  # a point
+        ({9: 3.0, 19: None, 29: 2.5}, 0.001, 0.1),  # two, and no line over what is not finite
+        ({9: 3.0, 19: 2.0, 29: None, 39: 2.5}, 0.2, 0.5),  # a line, and a point after the gap
+    ],
+)
+def test_a_metric_that_few_steps_have_is_drawn(
+    browser: Any, write: Write, values: dict[int, float | None], least: float, most: float, seeds: int
+) -> None:
+    for seed in range(seeds):
+        settings = {"seed": seed, "steps": 40, "lr": 0.1}
+        folder = write(f"many/seed_{seed}", metrics=seldom(values, seed / 10), settings=settings)
+    tab = drawn(browser, folder.parent, "eval/loss")
+    count, wide, end = tab.page.evaluate(PAINTED, "eval/loss")
+    tab.picture(f"seldom_{'_'.join(map(str, values.values()))}_{seeds}")
+    assert count > 10
+    assert least < wide < most
+    assert end > 0.9 or len(values) == 1
+    tab.page.get_by_role("button", name="seconds").click()
+    tab.page.wait_for_timeout(300)
+    over_seconds = tab.page.evaluate(PAINTED, "eval/loss")
+    assert over_seconds[0] > 10 or (seeds == 3 and None in values.values())
+    assert tab.quiet(), tab.complaints
+
+
+def test_the_table_of_runs_says_what_their_verdicts_say(browser: Any, write: Write) -> None:
+    for name in ("a", "b"):
+        folder = write(f"many/{name}", metrics=[{"step": at, "reward/mean": float(at * at)} for at in range(7)])
+    (folder / "checkpoints" / "step_000020" / "config.yaml").write_text("{env: wordle, steps: 20}")
+    assert cli.main(["report", str(folder.parent)]) == 0
+    tab = Tab(browser, folder.parent / "report.html")
+    assert "from 1.67 in the first fifth of the steps to 25.7 in the last" in tab.text
+    cells = tab.page.locator("[aria-label=Runs] tbody tr").first.locator("td").all_inner_texts()
+    assert cells[:4] == ["✓ yes", "1.667", "25.67", "reward/mean"]
+    assert tab.quiet(), tab.complaints
+
+
+def test_a_run_that_says_nothing_of_what_it_is_for_shows_the_curves_of_its_parts(browser: Any, write: Write) -> None:
+    rows = [{"step": at, "critic/loss": 9.0 - at / 3, "policy/loss": 0.1 * (at % 2)} for at in range(20)]
+    folder = write(metrics=rows)
+    assert cli.main(["report", str(folder)]) == 0
+    tab = Tab(browser, folder / "report.html")
+    assert "Nothing that is recorded says what the run is for" in tab.text
+    assert "· not known" in tab.text
+    tab.until("document.querySelectorAll('figure').length", 2)
+    assert tab.quiet(), tab.complaints
+
+
 def test_episodes_without_a_task_that_returns_are_the_first_and_the_last(browser: Any, write: Write) -> None:
     rows = [episode(at, f"task {at}", [turn(f"word {at}")], at) for at in range(5)]
     folder = write(episodes=rows)

@@ -97,6 +97,12 @@ def test_a_program_gets_json_and_nothing_else(seeds: None, capsys: pytest.Captur
     [
         ([], "runs is missing: nothing says what to compare. Name run directories: echelon compare A B."),
         (["b", "--csv", "notes.csv"], "notes.csv: there is a file that is no such table, and it stays. Choose another"),
+        (["b", "--csv", "notes.csv/x.csv"], "notes.csv/x.csv: cannot be written ("),
+        (
+            ["b", "--metric", "critc"],
+            "metric = critc: no run has a metric with that in its name. Did you mean 'critic'?",
+        ),
+        (["b", "--metric", "critic/", "nosuch"], "metric = nosuch: no run has a metric with that in its name.\n"),
         (["nowhere"], "nowhere: does not exist, and a run is a folder."),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from echelon.view.episodes import Scan, Tally
-from echelon.view.health import Verdict, checks, group_of, learned, level_of, levels
+from echelon.view.health import Verdict, checks, group_of, learned, level_of, levels, outcome_of
 from echelon.view.runs import Metrics
 
 
@@ -40,8 +40,31 @@ def test_a_return_that_falls_is_bad_and_a_loss_that_falls_is_good() -> None:
 
 
 def test_three_steps_are_too_few_to_tell() -> None:
-    assert learned(curves(reward__mean=[1.0, 2.0, 3.0])).state == "none"
+    found = learned(curves(reward__mean=[1.0, 2.0, 3.0]))
+    text = "Too few steps are recorded to tell: reward/mean is there 3 times, and 4 are needed."
+    assert (found.state, found.text) == ("none", text)
     assert levels(curves(policy__entropy=[1.0, 2.0, 3.0])) == []
+
+
+def test_an_outcome_that_is_seldom_recorded_gives_way_to_one_that_tells() -> None:
+    falling = [20.0 - at + wave for at, wave in enumerate(WAVE)]
+    rare = Metrics(list(range(20)), {"loss": list(falling), "eval/loss": [9.0, *[None] * 18, 8.0]})
+    assert outcome_of(rare) == "loss"
+    assert learned(rare).state == "good"
+    often = Metrics(list(range(20)), {"loss": list(falling), "eval/loss": list(falling)})
+    assert outcome_of(often) == "eval/loss"
+    few = Metrics([0, 1], {"loss": [2.0, 1.0], "eval/loss": [None, 1.0]})
+    assert outcome_of(few) == "eval/loss"
+    assert "eval/loss is there once" in learned(few).text
+
+
+def test_what_only_parts_of_a_run_have_is_no_outcome() -> None:
+    parts = curves(policy__loss=WAVE, critic__loss=WAVE)
+    assert outcome_of(parts) == ""
+    assert learned(parts).state == "none"
+    assert learned(parts).text.startswith("Nothing that is recorded says what the run is for: no return, no accuracy,")
+    tested = Metrics(list(range(20)), {"policy/loss": list(WAVE), "eval/return": [*[None] * 19, 1.0]})
+    assert outcome_of(tested) == "eval/return"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from echelon.view.compare import groups, headings, settings
 from echelon.view.episodes import scan
 from echelon.view.page import build, folder_of, phases, thin
 from echelon.view.runs import Metrics, Run, read_run
+from echelon.view.tables import listed
 from tests.view.conftest import Write, episode, turn
 
 NASTY = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)> \u202eright to left \x00\x1b[31m"
@@ -97,8 +98,27 @@ def test_small_runs_leave_their_room_to_large_ones(write: Write) -> None:
 
 def test_long_curves_become_means_of_as_many_steps_as_it_takes() -> None:
     metrics = Metrics(list(range(10)), {"loss": [float(at) for at in range(10)], "never": [None] * 10})
-    assert thin(metrics, 5) == {"every": 2, "steps": [1, 3, 5, 7, 9], "columns": {"loss": [0.5, 2.5, 4.5, 6.5, 8.5]}}
-    assert thin(Metrics(), 5) == {"every": 1, "steps": [], "columns": {}}
+    columns = {"loss": [0.5, 2.5, 4.5, 6.5, 8.5]}
+    assert thin(metrics, 5) == {"every": 2, "steps": [1, 3, 5, 7, 9], "columns": columns, "sparse": {}}
+    assert thin(Metrics(), 5) == {"every": 1, "steps": [], "columns": {}, "sparse": {}}
+
+
+def test_a_point_is_one_of_a_curve_where_a_row_has_its_metric(write: Write) -> None:
+    rows = [{"step": at, "loss": 1.0} | ({"eval/loss": at or None} if at % 4 == 0 else {}) for at in range(10)]
+    metrics = read_run(write(metrics=rows)).metrics
+    whole, halved, fifth = (thin(metrics, points) for points in (10, 5, 2))
+    assert whole["columns"]["eval/loss"] == [None] * 4 + [4] + [None] * 3 + [8, None]
+    assert whole["sparse"] == {"eval/loss": [0, 4, 8]}, "what is not finite is a gap of the curve"
+    assert (halved["columns"]["eval/loss"], halved["sparse"]) == ([None, None, 4, None, 8], {"eval/loss": [0, 2, 4]})
+    assert (fifth["columns"]["eval/loss"], fifth["sparse"]) == ([4, 8], {})
+
+
+def test_first_and_last_in_the_page_are_those_of_the_list_of_runs(write: Write) -> None:
+    folder = write(metrics=[{"step": at, "reward/mean": float(at * at)} for at in range(7)])
+    run, about = read_run(folder), told(page(folder))["runs"][0]
+    assert (about["outcome"], about["first"], about["last"]) == ("reward/mean", 1.6667, 25.667)
+    row = listed(run)
+    assert (about["first"], about["last"]) == (pytest.approx(row["first"], 1e-4), pytest.approx(row["last"], 1e-4))
 
 
 def run_of(name: str, **chosen: Any) -> Run:
@@ -112,6 +132,12 @@ def test_runs_that_differ_in_their_seed_alone_are_a_group() -> None:
         run_of("b", seed=0, out="z", lr=2),
     ]
     assert groups(runs) == [{"name": "a", "runs": [0, 1]}, {"name": "b", "runs": [2]}]
+
+
+def test_seeds_that_lie_beside_one_another_are_called_seeds() -> None:
+    runs = [run_of(f"seed_{seed}", seed=seed, lr=1) for seed in range(3)]
+    assert groups(runs) == [{"name": "seeds", "runs": [0, 1, 2]}]
+    assert groups(runs[:1]) == [{"name": "seed_0", "runs": [0]}]
 
 
 def test_a_setting_that_one_version_does_not_have_keeps_no_runs_apart() -> None:

@@ -26,6 +26,11 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "notes.html: there is a file that is no report, and it stays. Choose another --out.",
         ),
         (["run", "--out", "run"], "run: cannot be written (Is a directory). Choose another --out."),
+        (
+            ["run", "--out", "notes.html/x.html"],
+            "notes.html/x.html: cannot be written (Not a directory). Choose another --out.",
+        ),
+        (["run", "--out", "x" * 254], "x" * 254 + ": cannot be written (File name too long). Choose another --out."),
         (["run", "--size", "0.5"], "size = 0.5: the page itself takes part of one. Give 1 or more."),
         (["run", "--siez", "3"], "unknown flag '--siez'. Did you mean '--size'?"),
     ],

@@ -17,6 +17,17 @@ def test_curves_are_columns_and_a_step_taken_twice_counts_as_it_was_taken_last(w
     metrics = read_run(write(metrics=rows)).metrics
     assert metrics.steps == [0, 1]
     assert metrics.columns == {"loss": [3.0, 1.0]}
+    assert metrics.absent == {}
+
+
+def test_a_metric_that_few_steps_have_says_which_do_not(write: Write) -> None:
+    rows = [{"step": 0, "a": 1}, {"step": 1, "a": 1, "b": 2}, '{"step": 2, "a": NaN, "b": NaN}', {"step": 4, "a": 1}]
+    run = read_run(write(metrics=rows))
+    assert run.metrics["b"] == [None, 2.0, None, None]
+    assert run.metrics.absent == {"b": {0, 3}}
+    assert (run.metrics.recorded("a"), run.metrics.recorded("b")) == ([1.0, 1.0, None, 1.0], [2.0, None])
+    assert run.metrics.recorded("c") == []
+    assert "Not finite, so left out of its curve: a in 1 of 4 steps, b in 1 of 4 steps." in run.notes
 
 
 def test_numbers_that_are_not_finite_are_gaps_and_are_told(write: Write) -> None:
@@ -132,13 +143,16 @@ def test_episodes_of_a_step_are_what_the_settings_say(write: Write) -> None:
     assert read_run(write("b", settings={"tasks_per_step": 8, "group_size": 4})).per_step == 32
     assert read_run(write("c", settings={"tasks_per_step": 8})).per_step == 8
     assert read_run(write("d", settings={"rows_per_step": 8})).per_step is None
+    assert read_run(write("e", settings={"episodes_per_step": 64, "offline": []})).per_step == 64
+    assert read_run(write("f", settings={"episodes_per_step": 64, "offline": ["a.jsonl"]})).per_step is None
 
 
 def test_names_are_what_tells_runs_apart() -> None:
     paths = [Path("/w/runs/archer/seed_0/train"), Path("/w/runs/grpo/seed_0/train")]
     assert short_names(paths) == ["archer/seed_0", "grpo/seed_0"] or short_names(paths) == ["archer", "grpo"]
     assert short_names([Path("/w/runs/a")]) == ["a"]
-    assert [seedless(name) for name in ("archer/seed_3", "grpo-1", "seed_0", "a")] == ["archer", "grpo", "seed_0", "a"]
+    names = ("archer/seed_3", "grpo-1", "seed_0/long", "seed_0", "a")
+    assert [seedless(name) for name in names] == ["archer", "grpo", "long", "seeds", "a"]
 
 
 def test_unknown_settings_are_of_no_known_recipe(write: Write) -> None:

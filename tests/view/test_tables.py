@@ -53,6 +53,8 @@ def test_every_run_has_a_line_that_says_what_it_came_to(capsys: pytest.CaptureFi
         (["--where", "env!=maze"], ["half"]),
         (["--where", "last>1"], ["done", "test"]),
         (["--where", "version=1.2.3"], ["half"]),
+        (["--where", "steps>=20"], ["done"]),
+        (["--where", "steps<=40"], ["done", "half"]),
         (["--sort", "last", "--reverse"], ["test", "done", "half"]),
         (["--sort", "steps"], ["half", "done", "test"]),
         (["--sort", "kl", "--metric", "kl"], ["half", "done", "test"]),
@@ -74,6 +76,13 @@ def test_filters_and_orders(words: list[str], found: list[str], capsys: pytest.C
         (["--sort", "lats"], "sort = lats: it is no column. Did you mean 'last'? There are: run, recipe,"),
         (["nowhere"], "nowhere: does not exist, and a run is a folder."),
         (["--csv", "notes.csv"], "notes.csv: there is a file that is no such table, and it stays."),
+        (["--csv", "notes.csv/x.csv"], "notes.csv/x.csv: cannot be written ("),
+        (["--csv", "notes.csv/x/y.csv"], "notes.csv/x/y.csv: cannot be written ("),
+        (["--csv", "."], ".: cannot be written (Is a directory). Choose another --csv."),
+        (["--csv", "/"], "/: cannot be written (Is a directory). Choose another --csv."),
+        (["--csv", "x" * 254], "x" * 254 + ": cannot be written (File name too long). Choose another --csv."),
+        (["--metric", "kll"], "metric = kll: no run has a metric of that name. Did you mean 'kl'?"),
+        (["--metric", "kl", "steps", "--recipe", "ppo"], "metric = steps: no run has a metric of that name."),
     ],
 )
 def test_what_cannot_work_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,6 +91,40 @@ def test_what_cannot_work_is_one_line(words: list[str], message: str, capsys: py
     out, err = capsys.readouterr()
     assert err.startswith(message)
     assert (out, err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    ("where", "found"),
+    [
+        ("data.path=rows.jsonl", ["lists/many", "lists/one"]),
+        ("data.path=rows.jsonl,more.jsonl", ["lists/many"]),
+        ("data.path=rows.jsonl, more.jsonl", ["lists/many"]),
+        ("data.path!=more.jsonl", ["lists/one"]),
+        ("data.path!=rows.jsonl", []),
+        ("optim.betas=0.90", ["lists/one"]),
+        ("optim.betas>0.5", []),
+    ],
+)
+def test_a_list_is_each_of_its_entries_and_all_of_them(
+    where: str, found: list[str], write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("runs/lists/one", settings={"data": {"path": ["rows.jsonl"]}, "optim": {"betas": [0.9, 0.95]}})
+    write("runs/lists/many", settings={"data": {"path": ["rows.jsonl", "more.jsonl"]}})
+    assert names(capsys, "--where", where, "--find", "lists/") == found
+
+
+def test_a_column_is_never_a_setting_of_the_same_name(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    write("runs/begun", settings={"steps": 100}, metrics=[])
+    assert names(capsys, "--where", "steps>=50") == []
+    assert names(capsys, "--where", "planned>=50") == ["begun"]
+
+
+def test_a_run_that_learns_from_what_is_recorded_plays_no_episodes(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("recorded", settings={"steps": 20, "episodes_per_step": 4, "offline": ["games.jsonl"]})
+    assert cli.main(["runs", "recorded", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["episodes"] is None
 
 
 def test_a_place_without_a_run_is_told_and_the_rest_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

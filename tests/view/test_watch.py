@@ -15,6 +15,7 @@ from rich.console import Console
 
 from echelon import cli
 from echelon.recipes import watch
+from echelon.view import runs as runs_module
 from echelon.view.runs import Metrics, Run, read_run
 from echelon.view.serve import Server, Watched
 from echelon.view.terminal import clean, frame, latest, pace, spark
@@ -159,6 +160,8 @@ def test_a_run_that_has_only_begun_has_a_frame(write: Write) -> None:
 def test_a_curve_with_gaps_keeps_them() -> None:
     metrics = Metrics([0, 1, 2, 3], {"a": [0.0, None, 7.0, 3.5], "b": [None] * 4, "c": [1.0] * 4})
     assert [spark(metrics, name) for name in "abc"] == ["▁ █▅", "", "▁▁▁▁"]
+    sparse = Metrics([0, 1, 2, 3, 4], {"a": [0.0, None, None, None, 7.0]}, absent={"a": {1, 3}})
+    assert spark(sparse, "a") == "▁ █", "steps that do not have it are none of the curve"
     assert spark(Metrics([0, 1], {"a": [-1.7e308, 1.7e308]}), "a") == "▁▁"
     assert len(spark(Metrics(list(range(1000)), {"a": [float(at) for at in range(1000)]}), "a")) <= 32
 
@@ -187,3 +190,47 @@ def test_where_the_output_is_no_terminal_it_looks_once(write: Write, capsys: pyt
     out = capsys.readouterr().out
     assert "reward/mean" in out
     assert "\x1b" not in out
+
+
+class Waited(Exception):
+    """What a test raises in place of the time between two looks."""
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output is a terminal, and nobody waits."""
+
+    def wait(seconds: float) -> None:
+        raise Waited
+
+    monkeypatch.setattr(watch, "console", lambda: Console(file=io.StringIO(), force_terminal=True))
+    monkeypatch.setattr(watch.time, "sleep", wait)
+
+
+def evaluation(folder: Path) -> Path:
+    """The directory of an evaluation."""
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text('{"recipe": "evaluate", "estimates": {"return": {"mean": 4.5}}}')
+    return folder
+
+
+def test_on_a_terminal_it_ends_when_runs_and_evaluations_have(terminal: None, write: Write, tmp_path: Path) -> None:
+    assert cli.main(["watch", str(write("done")), "--terminal"]) == 0
+    assert cli.main(["watch", str(evaluation(tmp_path / "test")), "--terminal"]) == 0
+
+
+def test_on_a_terminal_a_run_that_has_only_begun_is_waited_for(
+    terminal: None, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(*folders: Path) -> None:
+        cfg = watch.Config(runs=tuple(map(str, folders)), terminal=True)
+        watch.look(cfg, Watched(cfg.runs, every=cfg.every, room=2_000_000))
+
+    begun, test = write("begun", metrics=[]), evaluation(tmp_path / "test")
+    with pytest.raises(Waited):
+        look(begun)
+    (begun / ".lock").write_text("1\n")
+    (tmp_path / "locks").write_text(f"1: FLOCK  ADVISORY  WRITE 99 fe:00:{(begun / '.lock').stat().st_ino} 0 EOF\n")
+    monkeypatch.setattr(runs_module, "LOCKS", tmp_path / "locks")
+    with pytest.raises(Waited):
+        look(begun, test)

@@ -42,7 +42,7 @@ function duration(seconds) {
 const plural = (count, one, many = one + "s") => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
 
 const STATES = { good: "✓ fine", warn: "! look", bad: "✗ wrong", none: "· noted" };
-const LEARNED = { good: "✓ yes", warn: "? unclear", bad: "✗ no", none: "· too early" };
+const LEARNED = { good: "✓ yes", warn: "? unclear", bad: "✗ no", none: "· not known" };
 const badge = (state, said) => el("span", { class: `badge ${state}`, text: said || STATES[state] });
 
 // A control under its label. `spoken` is what the control is called where the label alone would not say it.

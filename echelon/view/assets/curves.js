@@ -25,11 +25,12 @@ function smooth(values, weight) {
   });
 }
 
+// Points whose rows do not have the metric are none of the curve; those with a number that is not finite are gaps.
 function curveOf(run, name) {
-  const x = places(run), y = data.curves[run].columns[name];
+  const { columns, sparse } = data.curves[run], x = places(run), y = columns[name];
   if (!x || !y) return null;
-  const kept = x.map((at, place) => [at, y[place]]).filter(([at]) => at !== null);
-  return { x: kept.map(([at]) => at), raw: kept.map(([, value]) => value) };
+  const kept = (sparse[name] || [...x.keys()]).filter((place) => x[place] !== null);
+  return { x: kept.map((place) => x[place]), raw: kept.map((place) => y[place]) };
 }
 
 function quantile(sorted, share) {
@@ -39,8 +40,12 @@ function quantile(sorted, share) {
 
 // Median, low and high of several curves at the places where at least half of them are.
 function median(curves) {
+  if (curves.every((curve) => curve.x.length === 1)) { // over seconds no two of them are at one place
+    const at = quantile(curves.map((curve) => curve.x[0]).sort((a, b) => a - b), 0.5);
+    curves = curves.map((curve) => ({ ...curve, x: [at] }));
+  }
   let grid = [...new Set(curves.flatMap((curve) => curve.x))].sort((a, b) => a - b);
-  if (grid.length > 400 || drawing.x === "seconds") {
+  if (grid.length > 400 || (drawing.x === "seconds" && grid.length > 1)) {
     const [low, high] = [grid[0], grid[grid.length - 1]];
     grid = Array.from({ length: 200 }, (_, place) => low + ((high - low) * place) / 199);
   }
@@ -86,11 +91,20 @@ const faint = (value, alpha) => {
   return `rgba(${part(1)}, ${part(3)}, ${part(5)}, ${alpha})`;
 };
 
+// Places of the values that no line comes to: before and after them is a gap, or nothing. Where other curves have points
+// and this one has none, uPlot writes undefined.
+function alone(plot, place) {
+  const column = plot.data[place], there = [...column.keys()].filter((at) => column[at] !== undefined);
+  const empty = (at) => at === undefined || column[at] === null;
+  const found = there.filter((at, order) => column[at] !== null && empty(there[order - 1]) && empty(there[order + 1]));
+  return found.length ? found : null;
+}
+
 // The curves of one metric as uPlot wants them: one horizontal column, joined, and bands between low and high.
 function prepare(found) {
   const tables = [], series = [{ label: AXES[drawing.x] }], bands = [];
   for (const line of found) {
-    const base = { label: line.subject.name, stroke: line.color, width: 2, dash: line.dash, points: { show: line.x.length < 2 }, spanGaps: false };
+    const base = { label: line.subject.name, stroke: line.color, width: 2, dash: line.dash, points: { show: false, filter: alone, fill: line.color }, spanGaps: false };
     if (line.low) {
       tables.push([line.x, line.y, line.high, line.low]);
       const at = series.length;

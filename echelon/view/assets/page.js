@@ -9,6 +9,7 @@ function overview() {
   const run = runs[looked], trained = runs.some((one) => one.learned);
   const box = legend();
   const outcomes = [...new Set(runs.map((one) => one.outcome).filter(Boolean))];
+  const drawn = outcomes.length ? outcomes : data.headings.flatMap(([, , names]) => names); // without an outcome, what says most
   const ends = beforeAndAfter(looked);
   const parts = [];
   if (runs.length > 1) parts.push(el("section", { class: "card", "aria-label": "Runs" }, runsTable()));
@@ -17,7 +18,7 @@ function overview() {
   if (run.learned) judged.append(el("ul", { class: "plain" }, verdict(run.learned, true), run.levels.map((one) => verdict(one))));
   else judged.append(el("p", { class: "big", text: data.evaluations.some((one) => one.run === looked) ? "An evaluation: nothing was learned here." : "Nothing is recorded yet." }));
   const left = el("div", { class: "stack" }, judged), right = el("div", { class: "stack" });
-  if (trained) left.append(el("section", { class: "card stack", "aria-label": "Learning curves" }, el("h2", { text: "Learning curves" }), curveControls(box), runs.length > 1 ? box : null, outcomes.slice(0, 2).map((name) => chart(name, true))));
+  if (trained) left.append(el("section", { class: "card stack", "aria-label": "Learning curves" }, el("h2", { text: "Learning curves" }), curveControls(box), runs.length > 1 ? box : null, drawn.slice(0, 2).map((name) => chart(name, true))));
   if (ends) {
     const [first, last] = ends, same = first.k === last.k;
     right.append(el("section", { class: "card stack", "aria-label": "Before and after" },
@@ -38,14 +39,6 @@ function overview() {
   return el("div", { class: "stack" }, parts);
 }
 
-function ends(place) {
-  const column = data.curves[place].columns[runs[place].outcome];
-  if (!column) return [null, null];
-  const there = column.filter((value) => value !== null), size = Math.max(1, Math.floor(there.length / 5));
-  const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
-  return [mean(there.slice(0, size)), mean(there.slice(-size))];
-}
-
 function runsTable() {
   const states = (one) => {
     const counts = ["bad", "warn"].map((state) => [state, one.checks.filter((check) => check.state === state).length]).filter(([, count]) => count);
@@ -54,7 +47,7 @@ function runsTable() {
   const body = runs.map((one, place) => {
     const tested = !one.steps && data.evaluations.find((found) => found.run === place && !found.name);
     const mean = tested ? tested.estimates.return || tested.estimates.accuracy || {} : {};
-    const [first, last] = tested ? [null, mean.mean] : ends(place);
+    const [first, last] = tested ? [null, mean.mean] : [one.first, one.last];
     const interval = tested && mean.low !== null && mean.low !== undefined ? el("span", { class: "muted interval", text: ` [${number(mean.low)}, ${number(mean.high)}]` }) : "";
     const learned = one.learned ? badge(one.learned.state, LEARNED[one.learned.state]) : tested ? el("span", { class: "badge none", text: "· test" }) : "–";
     const open = el("a", { href: "#overview", text: one.name, onclick: (event) => { event.preventDefault(); looked = place; show(); } });
