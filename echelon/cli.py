@@ -215,7 +215,10 @@ def _dispatch(words: list[str], package: str) -> int:
 def _doctor(words: list[str], package: str) -> int:
     """The exit status of a look at this machine and at what settings need of it."""
     doctor = importlib.import_module("echelon.doctor").doctor
-    return doctor(words, extras=EXTRAS, recipes=list(recipes(package)), package=package)  # type: ignore[no-any-return]
+    known = list(recipes(package))
+    return doctor(  # type: ignore[no-any-return]
+        words, extras=EXTRAS, recipes=known, package=package, split=_files_and_flags
+    )
 
 
 def _run(recipe: str, words: list[str], package: str) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from echelon import __version__
 from echelon.errors import ConfigError, EchelonError
@@ -41,6 +41,8 @@ MODULES = {
 """Extra that settings may ask for → what is imported of it."""
 FEW_GIB = 2.0
 """Free disk below which a run soon has nowhere to save."""
+Split: TypeAlias = Callable[[Any, list[str]], tuple[list[str], list[str]]]
+"""What tells apart files and flags among the words for a recipe, which is a module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,35 +63,36 @@ class Finding:
         return f"cannot work: {said}" if self.standing == "fails" else said
 
 
-def doctor(words: Sequence[str], *, extras: Mapping[str, str], recipes: Sequence[str], package: str) -> int:
+def doctor(
+    words: Sequence[str], *, extras: Mapping[str, str], recipes: Sequence[str], package: str, split: Split
+) -> int:
     """Look at this machine, and at what the settings of a recipe need of it, and print what there is.
 
-    The words are a recipe, files of settings and flags, and `--json` for one JSON object in place of lines. A file in a
-    folder named for its recipe needs no other word. Returns 1 where something asked for cannot work, else 0. Raises
-    ConfigError for words that name no recipe.
+    The words are a recipe, its files, folders and flags, which `split` tells apart, and `--json` for one JSON object in
+    place of lines. A file in a folder named for its recipe needs no other word. Returns 1 where something asked for
+    cannot work, else 0. Raises ConfigError for words that name no recipe.
     """
     rest = [word for word in words if word != "--json"]
     asked = _asked(rest, recipes)
     found = [*_machine(), *_extras(extras)]
     if asked is not None:
-        found += _settings(*asked, package)
+        found += _settings(*asked, package, split)
     _print(found, as_json="--json" in words)
     return int(any(finding.standing == "fails" for finding in found))
 
 
-def _asked(words: list[str], recipes: Sequence[str]) -> tuple[str, list[str], list[str]] | None:
-    """The recipe, the files and the flags that the words name; None where they name nothing."""
+def _asked(words: list[str], recipes: Sequence[str]) -> tuple[str, list[str]] | None:
+    """The recipe that the words name, and the words for it; None where there are none."""
     if not words:
         return None
-    split = next((at for at, word in enumerate(words) if word.startswith("-")), len(words))
-    files, flags = words[:split], words[split:]
+    files = words[: next((at for at, word in enumerate(words) if word.startswith("-")), len(words))]
     named = [word.replace("_", "-") for word in (*files[:1], *(Path(file).parent.name for file in files))]
     known = [name for name in named if name in recipes]
     if not known:
         raise ConfigError(
             f"doctor: nothing says which recipe {' '.join(words)} is for. Give it first: echelon doctor grpo a.yaml."
         )
-    return known[0], files[1:] if named[0] == known[0] else files, flags
+    return known[0], words[1:] if named[0] == known[0] else words
 
 
 def _machine() -> Iterator[Finding]:
@@ -214,12 +217,13 @@ def _sandbox() -> Finding:
     return Finding("sandbox", "ok", "all walls stand")
 
 
-def _settings(recipe: str, files: list[str], flags: list[str], package: str) -> Iterator[Finding]:
+def _settings(recipe: str, words: list[str], package: str, split: Split) -> Iterator[Finding]:
     """What the settings of a recipe need, and whether it is here."""
     from echelon.config import loading
 
     module = importlib.import_module(f"{package}.{recipe.replace('-', '_')}")
     try:
+        files, flags = split(module, words)
         cfg = loading.load(module.Config, files, [*_somewhere(module.Config, files, flags), *flags])
     except EchelonError as error:
         yield Finding("settings", "fails", " ".join(str(error).split()))
@@ -260,7 +264,7 @@ def _check_models(blocks: Mapping[str, Any]) -> Iterator[Finding]:
     for name, block in blocks.items():
         if not isinstance(block, ModelConfig) or not block.path:
             continue
-        yield _found(f"{name}.path", block.path)
+        yield _found(f"{name}.path", block.path, getattr(blocks[""], "label", None))
         gpu = torch.cuda.is_available()
         if block.device.startswith("cuda") and not gpu:
             yield Finding(f"{name}.device", "fails", f"{block.device}: there is no GPU here.", "Set it to auto or cpu.")
@@ -274,13 +278,14 @@ def _check_models(blocks: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding(f"{name}.attention", "fails", says, "Use sdpa, or install it.")
 
 
-def _found(name: str, path: str) -> Finding:
-    """Whether a model is on this machine, or may be on the hub."""
+def _found(name: str, path: str, label: Any = None) -> Finding:
+    """Whether a model is on this machine, or may be on the hub; of a run that is read by a label, who writes in it."""
     from echelon.models.lm import check_folder
+    from echelon.rollout.round_players import solver_path
     from echelon.rollout.setup import model_path
 
     try:
-        folder = model_path(path)
+        folder = model_path(path) if label is None else solver_path(path, label)
         if not (Path(folder) / "adapter_config.json").is_file():
             check_folder(folder)
     except EchelonError as error:

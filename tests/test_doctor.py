@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 
 from echelon import cli, doctor
+from echelon.config import RunConfig
 from echelon.models.lm import count_parameters, tiny
 from echelon.sandbox import ProgramError
+from echelon.train.checkpoint import Checkpoints
 
 Find = Callable[..., dict[str, Any]]
 
@@ -61,6 +64,31 @@ def test_a_file_is_of_the_recipe_that_its_folder_is_named_for(find: Find, model:
     assert find(file)["settings"]["says"] == "of control-mlp"
     file.write_text(f"env: guess_number\nmodel: {{path: {model}}}\n")
     assert find("grpo", file)["settings"]["says"] == "of grpo"
+
+
+def test_a_folder_before_the_flags_is_what_it_is_to_the_recipe(find: Find, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("env: guess_number\n")
+    found = find("evaluate", tmp_path / "a.yaml", model, "--out", tmp_path / "out")
+    assert (found["settings"]["says"], found["model.path"]["says"]) == ("of evaluate", str(model))
+    assert find("report", tmp_path / "every", tmp_path / "other")["settings"]["says"] == "of report"
+    found = find("evaluate", model, tmp_path, "--env", "guess_number", "--out", tmp_path / "out", status=1)
+    assert found["settings"]["says"] == f"unexpected '{tmp_path}' after '{model}': one model at a time."
+
+
+@pytest.mark.parametrize("part", ["actor", "responder", "solver"])
+def test_of_a_run_whoever_writes_is_found_where_the_recipe_finds_them(
+    find: Find, model: Path, tmp_path: Path, part: str
+) -> None:
+    class Part:
+        def save(self, folder: Path) -> None:
+            shutil.copytree(model, folder, dirs_exist_ok=True)
+
+    with Checkpoints(tmp_path / "run", config=RunConfig(out="x")) as run:
+        saved = run.save(3, {part: Part()})
+    words = ("--env", "guess_number", "--out", tmp_path / "out")
+    assert find("evaluate", tmp_path / "run", *words)["model.path"]["says"] == str(saved / part)
+    assert find("evaluate", tmp_path / "run", "--label", 4, *words, status=1)["model.path"]["standing"] == "fails"
+    assert find(*grpo(tmp_path / "run"), status=int(part != "actor"))["settings"]["standing"] == "ok"
 
 
 def test_words_that_name_no_recipe_are_no_finding(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

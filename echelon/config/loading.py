@@ -39,7 +39,7 @@ def load(config: type[Config], files: Sequence[str | Path] = (), flags: Sequence
     settings = settings_of(config)
     given: dict[str, object] = {}
     for file in files:
-        given.update(_from_tree(settings, _read(Path(file)), str(file)))
+        given.update(_once(_from_tree(settings, _read(Path(file)), str(file)), str(file)))
     given.update(_from_flags(settings, flags))
     return _build(config, given)
 
@@ -142,6 +142,16 @@ def _from_tree(
             yield from _from_tree(settings, value or {}, file, f"{name}.")
         else:
             yield name, _checked(value, kind, f"{file}: {name} = {show(value)}")
+
+
+def _once(pairs: Iterable[tuple[str, object]], file: str) -> dict[str, object]:
+    """The pairs of one file, each name once: a block and a key with a dot may set the same."""
+    given: dict[str, object] = {}
+    for name, value in pairs:
+        if name in given:
+            raise ConfigError(f"{file}: '{name}' is set twice, in a block and with a dot. Keep one of the two.")
+        given[name] = value
+    return given
 
 
 EVERYWHERE = {"--sampler": "sampling.sampler", "--rollout-workers": "sampling.ray.workers", "--quiet": "log.quiet"}

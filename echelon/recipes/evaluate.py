@@ -5,7 +5,7 @@ are more episodes than tasks, and every episode draws from a seed of its own: th
 Unlike in training the distribution may be cut (top_k, top_p) or reduced to its mode (greedy). The directory `out` gets
 evaluation.json (the average score, and of every episode what it scored, how it ended, and each step's text and reward;
 where a ranker or a critic picked among candidates, all of them, with what each was thought to be worth), episodes.jsonl
-and summary.json; those of an earlier evaluation are replaced only with --overwrite.
+and summary.json; those of an earlier evaluation, or of somebody else, are replaced only with --overwrite.
 
 In an environment of Gymnasium (`--env-id CartPole-v1`) the model is a controller, and so may be one behind an endpoint
 (`--policy api`), a perceptron or a script. Every action is kept; films, a plot and a normalised score come on demand
@@ -22,7 +22,9 @@ where it was killed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -50,7 +52,7 @@ from echelon.rollout.plays import env_loop
 from echelon.rollout.rewards import answer_in, open_rewards, open_tasks
 from echelon.rollout.roles import Role, collect
 from echelon.rollout.round_players import open_round_players, run_of, solver_path
-from echelon.rollout.rounds import RoundFiles, Row, check_failures, play_rounds
+from echelon.rollout.rounds import SETTINGS, RoundFiles, Row, check_failures, play_rounds
 from echelon.rollout.rounds_summary import summarise_rounds
 from echelon.rollout.setup import describe, set_threads
 from echelon.sampling.candidates import Chooser
@@ -126,9 +128,10 @@ class Config(ControlPlay):
     """Column of the data set, or key of a task's data, with the reply that a person gave: what is said last in every
     episode is compared with it, and nothing else has to say what an answer is worth."""
     transitions: str = ""
-    """File to record every decision in, for `archer --offline`: one row per turn; one that is there is replaced."""
+    """File to record every decision in, for `archer --offline`: one row per turn. One that is there is replaced only
+    with overwrite."""
     overwrite: bool = False
-    """Replace the evaluation that is in the directory."""
+    """Replace the evaluation that is in the directory, other files by the names of its own, and that of transitions."""
 
     worth = (*PlayConfig.worth, "reference")
 
@@ -209,7 +212,8 @@ def main(cfg: Config) -> None:
     folder = speaker(cfg.model.path, cfg.label) if cfg.player in ("model", "mlp") else ""
     cfg, split = prepared(cfg, folder), split_of(cfg)
     out = results(cfg, Path(folder), split)
-    check_out(out, overwrite=cfg.overwrite)
+    check_out(cfg, out)
+    check_transitions(cfg)
     env, rewards = open_tasks(cfg), open_rewards(cfg)
     tasks = env.tasks(split)
     chosen = [replace(tasks[place % len(tasks)]) for place in range(cfg.count)]
@@ -294,7 +298,7 @@ def evaluate_rounds(cfg: Config) -> None:
     folder = solver_path(cfg.model.path, cfg.label)
     split = split_of(cfg)
     out = results(cfg, Path(folder), f"{Path((*cfg.data.path, cfg.env)[0]).stem}_{split}_rounds_{cfg.rounds}")
-    check_out(out, overwrite=cfg.overwrite)
+    check_out(cfg, out)
     env, rewards = open_tasks(cfg), open_rewards(cfg)
     lengths = {"max_prompt_tokens": cfg.max_prompt_tokens}
     who = open_round_players(
@@ -403,12 +407,74 @@ def table(cfg: Config, found: Mapping[str, Estimate | Score], split: str, *, fai
     return lines
 
 
-def check_out(out: Path, *, overwrite: bool) -> None:
-    """Raise CheckpointError where a training run is, or an evaluation that shall stay."""
+def check_out(cfg: Config, out: Path) -> None:
+    """Raise CheckpointError where a training run is, where files are that shall stay, or where none can be written."""
+    check_place(out, "--out")
     if (out / "checkpoints").exists() or (out / "metrics.jsonl").exists():
         raise CheckpointError(f"{out}: a training run is kept there, and its files stay. Choose another --out.")
-    if (out / "summary.json").exists() and not overwrite:
+    if cfg.overwrite:
+        return
+    if (out / "summary.json").exists():
         raise CheckpointError(f"{out}: there is an evaluation already. Replace it with --overwrite, or change --out.")
+    there = [name for name in written(cfg) if (out / name).exists() and (out / name).stat().st_size]
+    if there and not (cfg.rounds and begun(out)):
+        raise CheckpointError(
+            f"{out}: {there[0]} is there and no summary.json, so it is of no whole evaluation. Replace it with "
+            "--overwrite, or choose another --out."
+        )
+
+
+def written(cfg: Config) -> list[str]:
+    """What an evaluation writes besides its summary, which comes last."""
+    if cfg.rounds:
+        return ["episodes.jsonl", SETTINGS]
+    more = [*(["actions.jsonl"] if cfg.controls else []), *(["return.png"] if cfg.plot else [])]
+    return ["episodes.jsonl", "evaluation.json", *more]
+
+
+def begun(out: Path) -> bool:
+    """Whether an evaluation with rounds was killed there, which goes on: its settings say so."""
+    try:
+        return "rounds" in json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def check_transitions(cfg: Config) -> None:
+    """Raise CheckpointError for a file of transitions that shall stay, or where none can be written."""
+    if not cfg.transitions:
+        return
+    path = Path(cfg.transitions)
+    check_place(path, "--transitions", file=True)
+    if path.exists() and not cfg.overwrite:
+        raise CheckpointError(
+            f"{path}: there is such a file already. Replace it with --overwrite, or choose another --transitions."
+        )
+
+
+def check_place(path: Path, flag: str, *, file: bool = False) -> None:
+    """Raise CheckpointError where no folder, or else no file, can be written. Nothing is made."""
+    try:
+        there = nearest(path)
+        replaced = file and there == path.absolute()
+        folder = there.parent if replaced else there
+        why = "" if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
+        why = why if folder.is_dir() else "Not a directory"
+        if replaced and not there.is_file():
+            why = "Is a directory" if there.is_dir() else "Not a file"
+    except OSError as error:
+        why = f"{error.strerror}"
+    if why:
+        raise CheckpointError(f"{path}: cannot be written ({why}). Choose another {flag}.")
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the first folder above it that is there. Raises OSError where nobody may look."""
+    for place in (path.absolute(), *path.absolute().parents):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            place.stat()
+            return place
+    return Path("/")
 
 
 def write(
@@ -442,10 +508,13 @@ def write(
 
 
 def write_transitions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the transitions of the episodes. Raises CheckpointError where they cannot be written."""
+    """Write the transitions of the episodes, all or none. Raises CheckpointError where they cannot be written."""
+    whole = path.resolve()  # a link stays one
+    scratch = whole.with_name(f".{whole.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(path, rows)
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(scratch, rows)
+        scratch.replace(whole)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}). Choose another --transitions.") from error
 

@@ -8,12 +8,13 @@ summary.json. Every stage is an ordinary command with an ordinary settings file,
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -33,11 +34,13 @@ from rich.progress import (
 from rich.table import Table
 
 from echelon.config import RunConfig, demand
+from echelon.config.loading import show as in_words
 from echelon.envs import EnvSpec, load_env
 from echelon.envs.players import make_player, measure, play
 from echelon.errors import CheckpointError, RolloutError, need
 from echelon.models.lm import count_parameters, tiny
 from echelon.rollout.setup import set_threads
+from echelon.train.checkpoint import MAY_CHANGE
 from echelon.train.copying import learn_to_copy
 from echelon.train.learner import save_module
 from echelon.train.log import typed
@@ -95,6 +98,10 @@ class Config(RunConfig):
 
 GROUPS = 64
 """Episodes per step of GRPO: 8 tasks, 8 siblings each."""
+MADE = ("games", "copying_steps", "guess", "hidden", "layers", "seed")
+"""Settings of the model that is built and of the games it is warm-started on; they are kept in tiny.yaml."""
+FREE = (MAY_CHANGE - {"steps", "epochs"}) | {"model.path", "data.path", "critic_path", "overwrite"}
+"""Settings of a stage that say nothing of what came of it; the paths among them follow from `out`."""
 
 
 @dataclass(slots=True)
@@ -122,9 +129,11 @@ def main(cfg: Config) -> None:
             console.print(f"echelon {stage.recipe} {out / stage.name}.yaml  ({stage.steps} steps)", soft_wrap=True)
         return
     check_out(out, resume=cfg.resume)
-    prepare(cfg, out, spec, console)
+    check_settings(cfg, out, stages)
+    meanwhile = Console(quiet=cfg.log.quiet)
+    prepare(cfg, out, spec, meanwhile)
     for group in stages:
-        run_stages(group, out, parallel=cfg.parallel, console=console)
+        run_stages(group, out, parallel=cfg.parallel, console=meanwhile)
     summary = summarise(cfg, out, spec, seconds=time.monotonic() - began)
     draw(out, summary)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -141,6 +150,7 @@ def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[S
         "epochs": 3,
         "optim": {"lr": 5e-3, "warmup_steps": 20, "schedule": "cosine"},
         **common,
+        **log_of(cfg, "warm"),
     }
     start = {"model": {"path": str(out / "warm")}, **game, **common}
     start["sampling"] = {"max_tokens": 12, "max_prompt_tokens": 512}
@@ -150,9 +160,10 @@ def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[S
         "steps": cfg.steps,
         "episodes_per_step": cfg.episodes_per_step,
         **ARCHER,
+        **log_of(cfg, "archer"),
     }
     rounds = cfg.steps * cfg.episodes_per_step // GROUPS
-    grpo = {**start, "steps": rounds, "tasks_per_step": 8, "group_size": 8, **GRPO}
+    grpo = {**start, "steps": rounds, "tasks_per_step": 8, "group_size": 8, **GRPO, **log_of(cfg, "grpo")}
     games = {**game, "episodes": cfg.eval_episodes, "max_tokens": 12, "max_prompt_tokens": 512, "seed": cfg.seed}
     games |= {"threads": cfg.threads, "overwrite": True}
     names = ("warm", "grpo", "archer")
@@ -162,6 +173,11 @@ def plan(cfg: Config, out: Path, env_settings: Mapping[str, Any]) -> list[list[S
     warm_steps = 3 * -(-cfg.games // 32)
     training = [Stage("archer", "archer", archer, cfg.steps), Stage("grpo", "grpo", grpo, rounds)]
     return [[Stage("warm", "sft", warm, warm_steps)], training, tests]
+
+
+def log_of(cfg: Config, stage: str) -> dict[str, Any]:
+    """Where the metrics of a stage go besides its files; trackers know it by its own name."""
+    return {"log": {**asdict(cfg.log), "name": cfg.log.name and f"{cfg.log.name}_{stage}"}}
 
 
 CANDIDATES = 4
@@ -181,19 +197,77 @@ GRPO: dict[str, Any] = {"scale": "none", "policy": {"optim": {"lr": 1e-4}, "epoc
 
 def check_out(out: Path, *, resume: bool) -> None:
     """Raise CheckpointError for a directory with a quickstart in it that shall not be continued, or none that shall."""
-    if resume and not (out / "tiny").exists():
-        raise CheckpointError(f"{out}: there is no quickstart to resume. Leave out --resume.")
-    if not resume and out.exists() and any(out.iterdir()):
+    ours = (out / "random_play.jsonl").exists() or (out / "tiny").exists()
+    try:
+        empty = not out.exists() or not any(out.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error
+    if ours and not resume:
         raise CheckpointError(
             f"{out}: there is a quickstart already. Continue it with --resume, or choose another --out."
         )
+    if not ours and not empty:
+        raise CheckpointError(f"{out}: there are files and no quickstart, and they stay. Choose another --out.")
+    if not ours and resume:
+        raise CheckpointError(f"{out}: there is no quickstart to resume. Leave out --resume.")
+
+
+def check_settings(cfg: Config, out: Path, stages: Sequence[Sequence[Stage]]) -> None:
+    """Raise CheckpointError for the first setting that is not the one with which a stage was done, or has begun."""
+    if (out / "tiny").exists():
+        check_same(out / "tiny.yaml", made_with(cfg))
+    for stage in (stage for group in stages for stage in group):
+        if (out / stage.name / "done").exists() or begun(out / stage.name):
+            check_same(out / f"{stage.name}.yaml", stage.settings)
+
+
+def check_same(file: Path, settings: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for the first of these settings that the file, if it is there, has otherwise."""
+    was, now = dict(flat(settings_in(file))), dict(flat(settings))
+    for name in {**now, **was} if was else ():
+        if name not in FREE and was.get(name) != now.get(name):
+            flag = "eval_episodes" if name == "episodes" else name
+            raise CheckpointError(
+                f"{file}: what is there was made with {flag} = {in_words(was.get(name))}, and now it is "
+                f"{in_words(now.get(name))}. Leave it as it was, or choose another --out."
+            )
+
+
+def made_with(cfg: Config) -> dict[str, Any]:
+    """The settings of what `prepare` makes."""
+    return {name: getattr(cfg, name) for name in MADE}
+
+
+def settings_in(file: Path) -> dict[str, Any]:
+    """What was written there; nothing where there is no such file. Raises CheckpointError where it cannot be read."""
+    try:
+        return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{file}: it cannot be read, so nobody knows what its stage was made with. Choose another --out."
+        ) from error
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name → value of every setting."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def prepare(cfg: Config, out: Path, spec: EnvSpec, console: Console) -> None:
-    """The tiny model with its tokenizer, and games in which questions and guesses are drawn at random."""
-    if (out / "tiny" / "config.json").exists():
+    """The tiny model with its tokenizer, and games in which questions and guesses are drawn at random. The model comes
+    last and whole: where there is none, all of it is made again."""
+    if (out / "tiny").exists():
         return
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error
     set_threads(cfg.threads)
     tasks = spec.tasks("train")
     dialogues = [
@@ -206,9 +280,22 @@ def prepare(cfg: Config, out: Path, spec: EnvSpec, console: Console) -> None:
     said = [message["content"] for dialogue in dialogues for message in dialogue.messages]
     module, tokenizer = tiny(said, hidden=cfg.hidden, layers=cfg.layers, heads=cfg.hidden // 32, seed=cfg.seed)
     console.print(f"built a model of {count_parameters(module):,} parameters and {cfg.games:,} games of random play")
-    watch = partial(track, description="learning to copy", console=console, disable=not console.is_terminal)
+    watch = partial(track, description="learning to copy", console=console, disable=hidden(console))
     learn_to_copy(module, tokenizer, steps=cfg.copying_steps, seed=cfg.seed, watch=watch)
-    save_module(module, out / "tiny", tokenizer)
+    unfinished = out / ".tmp-tiny"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_module(module, unfinished, tokenizer)
+    write_settings(out / "tiny.yaml", made_with(cfg))
+    unfinished.rename(out / "tiny")
+
+
+def write_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    file.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
+
+
+def hidden(console: Console) -> bool:
+    """Whether nobody sees bars."""
+    return console.quiet or not console.is_terminal
 
 
 def run_stages(stages: Sequence[Stage], out: Path, *, parallel: int, console: Console) -> None:
@@ -218,8 +305,7 @@ def run_stages(stages: Sequence[Stage], out: Path, *, parallel: int, console: Co
     polls = 0
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with ExitStack() as stack:
-        hidden = not console.is_terminal
-        bars = stack.enter_context(Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden))
+        bars = stack.enter_context(Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden(console)))
         tasks = {stage.name: bars.add_task(stage.name, total=stage.steps or 1, start=False) for stage in waiting}
         stack.callback(stop, running)
         while waiting or running:
@@ -246,14 +332,19 @@ def run_stages(stages: Sequence[Stage], out: Path, *, parallel: int, console: Co
 def start(stage: Stage, out: Path, console: Console) -> None:
     """Write the settings file and start the command."""
     settings = out / f"{stage.name}.yaml"
-    settings.write_text(yaml.safe_dump(dict(stage.settings), sort_keys=False), encoding="utf-8")
+    write_settings(settings, stage.settings)
     command = [stage.recipe, str(settings), "--out", str(out / stage.name)]
-    if (out / stage.name / "checkpoints").exists() and rows(out / stage.name / "metrics.jsonl"):
+    if begun(out / stage.name):
         command.append("--resume")
     console.print("echelon " + " ".join(command), style="dim", highlight=False, soft_wrap=True)
     stage.log = (out / f"{stage.name}.log").open("ab")
     command = [sys.executable, "-m", "echelon", *command]
     stage.process = subprocess.Popen(command, stdout=stage.log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+
+def begun(folder: Path) -> bool:
+    """Whether a stage has something to go on from."""
+    return any((folder / "checkpoints").glob("step_*"))
 
 
 def finished(stage: Stage, out: Path) -> bool:
@@ -279,6 +370,8 @@ def stop(running: Sequence[Stage]) -> None:
         if stage.process is not None and stage.process.poll() is None:
             stage.process.terminate()
             stage.process.wait()
+        if stage.log is not None:
+            stage.log.close()
 
 
 def rows(path: Path) -> int:

@@ -72,6 +72,14 @@ def test_later_files_win_and_flags_win_over_files_key_by_key(tmp_path: Path) -> 
     assert (config.optim.lr, config.optim.eps, config.seed, config.group_size) == (0.3, 1e-5, 2, 8)
 
 
+def test_a_setting_with_a_dot_in_one_file_and_in_its_block_in_the_next_is_no_repetition(tmp_path: Path) -> None:
+    first, second = "model.path: a\noptim.lr: 0.1\noptim: {eps: 1e-5}", "model: {path: b}\noptim: {lr: 0.2}"
+    config = resolve(tmp_path, first, second)
+    assert (config.model.path, config.optim.lr, config.optim.eps) == ("b", 0.2, 1e-5)
+    config = resolve(tmp_path, second, first, flags=("--model.path", "c"))
+    assert (config.model.path, config.optim.lr) == ("c", 0.1)
+
+
 def test_a_block_keeps_the_defaults_the_recipe_gave_it(tmp_path: Path) -> None:
     config = resolve(tmp_path, "optim: {weight_decay: 0.1}")
     assert config.optim == OptimConfig(lr=3e-4, weight_decay=0.1)
@@ -177,6 +185,14 @@ def test_lists_choices_and_optional_values() -> None:
         ),
         ("- seed", "a.yaml: [seed]: expected keys and values."),
         ("seed: 1\nseed: 2", "a.yaml: line 2: 'seed' is set twice."),
+        (
+            "model.path: a\nmodel: {path: b}",
+            "a.yaml: 'model.path' is set twice, in a block and with a dot. Keep one of the two.",
+        ),
+        (
+            "env_settings: {a: 1}\noptim: {lr: 1}\noptim.lr: 1",
+            "a.yaml: 'optim.lr' is set twice, in a block and with a dot. Keep one of the two.",
+        ),
         ("seed: [1", "a.yaml: line 1: expected ',' or ']', but got '<stream end>'."),
         ("seed: 1\n  env: 2", "a.yaml: line 2: mapping values are not allowed here."),
         ("seed: *one", "a.yaml: line 1: found undefined alias 'one'."),

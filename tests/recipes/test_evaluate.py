@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -101,6 +102,103 @@ def test_an_evaluation_is_replaced_only_on_demand_and_a_training_run_never(
     train("grpo", *game, "--steps", 1, "--tasks-per-step", 1, "--group-size", 2, name="trained")
     train("evaluate", *flags, "--overwrite", name="trained", status=2)
     assert "a training run is kept there, and its files stay. Choose another --out." in capsys.readouterr().err
+
+
+PLAYED = (*NUMBERS, "--player", "optimal", "--episodes", 2)
+
+
+@pytest.fixture
+def unplayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody plays in this test: what is refused must be refused before."""
+    monkeypatch.setattr("echelon.recipes.evaluate.collect", None)
+
+
+def test_transitions_are_replaced_only_on_demand_and_whole(
+    train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "deep/t.jsonl"
+    train("evaluate", *PLAYED, "--transitions", file, name="a")
+    first = file.read_text()
+    assert [json.loads(line)["terminated"] for line in first.splitlines()].count(True) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr("echelon.recipes.evaluate.collect", None)
+        train("evaluate", *PLAYED, "--transitions", file, name="b", status=2)
+    message = f"{file}: there is such a file already. Replace it with --overwrite, or choose another --transitions.\n"
+    assert capsys.readouterr().err == message
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(file)
+    train("evaluate", *PLAYED, "--episodes", 3, "--transitions", link, "--overwrite", name="b")
+    assert link.is_symlink()
+    assert file.read_text().startswith(first)
+    assert file.read_text() != first
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = file.read_text()
+    monkeypatch.setattr("echelon.recipes.evaluate.transition_rows", lambda episodes: map(full, episodes))
+    capsys.readouterr()
+    train("evaluate", *PLAYED, "--transitions", file, "--overwrite", name="c", status=2)
+    assert "t.jsonl: cannot be written (No space left on device). Choose another" in capsys.readouterr().err
+    assert file.read_text() == before
+
+
+@pytest.mark.usefixtures("unplayed")
+@pytest.mark.parametrize(
+    ("flag", "place", "why"),
+    [
+        ("--transitions", "file/t.jsonl", "Not a directory"),
+        ("--transitions", "file/deep/t.jsonl", "Not a directory"),
+        ("--transitions", "closed/t.jsonl", "Permission denied"),
+        ("--transitions", "closed/deep/t.jsonl", "Permission denied"),
+        ("--transitions", ".", "Is a directory"),
+        ("--transitions", f"{'n' * 300}/t.jsonl", "File name too long"),
+        ("--transitions", "n" * 300, "File name too long"),
+        ("--transitions", "/dev/null", "Not a file"),
+        ("--out", "file", "Not a directory"),
+        ("--out", "closed/deep", "Permission denied"),
+    ],
+)
+def test_a_place_where_nothing_can_be_written_is_found_before_anything_is_played(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+    place: str,
+    why: str,
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "closed").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, how: Path(path).name != "closed" and access(path, how))  # also root
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", *map(str, PLAYED), "--out", "out", flag, place, "--overwrite"]
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err == f"{place}: cannot be written ({why}). Choose another {flag}.\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "closed"}
+
+
+def test_a_place_to_write_in_is_not_made_by_looking_at_it(train, tmp_path: Path) -> None:
+    out = train("evaluate", *PLAYED, "--transitions", tmp_path / "deep/er/t.jsonl", "--dry-run").out
+    assert not out.exists()
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("name", ["episodes.jsonl", "evaluation.json"])
+def test_files_of_somebody_else_stay(train, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    file = tmp_path / "run" / name
+    file.write_text('{"mine": 1}\n')
+    train("evaluate", *PLAYED, status=2)
+    assert capsys.readouterr().err == (
+        f"{tmp_path / 'run'}: {name} is there and no summary.json, so it is of no whole evaluation. Replace it with "
+        "--overwrite, or choose another --out.\n"
+    )
+    assert file.read_text() == '{"mine": 1}\n'
+    train("evaluate", *PLAYED, "--overwrite")
+    assert "mine" not in file.read_text()
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
 
 
 def test_a_run_directory_is_a_model(train, game: list[str]) -> None:

@@ -158,6 +158,21 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_uninterrupted_one(
     assert summary(tmp_path / "whole")["accuracy"] == summary(tmp_path / "killed")["accuracy"]
 
 
+@pytest.mark.parametrize("name", ["episodes.jsonl", "settings.json"])
+def test_files_that_no_evaluation_with_rounds_began_stay(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    file = tmp_path / "e" / name
+    file.parent.mkdir()
+    file.write_text('{"mine": 1}\n')
+    words = [trained, "--env", GAME, "--rounds", 1, "--episodes", 2, "--out", tmp_path / "e"]
+    evaluated(*words, status=2)
+    assert f"{name} is there and no summary.json, so it is of no whole evaluation." in capsys.readouterr().err
+    assert file.read_text() == '{"mine": 1}\n'
+    evaluated(*words, "--overwrite")
+    assert "mine" not in file.read_text()
+
+
 def json_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
