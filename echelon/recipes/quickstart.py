@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -44,6 +44,7 @@ from echelon.train.checkpoint import MAY_CHANGE
 from echelon.train.copying import learn_to_copy
 from echelon.train.learner import save_module
 from echelon.train.log import typed
+from echelon.view.runs import flat
 
 EXAMPLES = """\
 echelon quickstart                                      into runs/quickstart, in minutes
@@ -223,7 +224,7 @@ def check_settings(cfg: Config, out: Path, stages: Sequence[Sequence[Stage]]) ->
 
 def check_same(file: Path, settings: Mapping[str, Any]) -> None:
     """Raise CheckpointError for the first of these settings that the file, if it is there, has otherwise."""
-    was, now = dict(flat(settings_in(file))), dict(flat(settings))
+    was, now = flat(settings_in(file)), flat(settings)
     for name in {**now, **was} if was else ():
         if name not in FREE and was.get(name) != now.get(name):
             flag = "eval_episodes" if name == "episodes" else name
@@ -248,15 +249,6 @@ def settings_in(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: it cannot be read, so nobody knows what its stage was made with. Choose another --out."
         ) from error
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name → value of every setting."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def prepare(cfg: Config, out: Path, spec: EnvSpec, console: Console) -> None:
