@@ -76,9 +76,8 @@ def counter_uniform(seeds_N: Int64[Tensor, "N"], positions_N: Int64[Tensor, "N"]
     key_N = _scramble(seeds_N + _GOLDEN)
     second_N = _scramble(seeds_N ^ _OTHER)
     bits_N = _scramble(_scramble(key_N + positions_N * _GOLDEN) ^ second_N)
-    return (
-        ((bits_N >> 12) & (1 << 52) - 1).double() + 0.5
-    ) * 2.0**-52  # 52 bits: with 53, the largest would round to 1
+    high_N = (bits_N >> 12) & (1 << 52) - 1  # 52 bits: with 53, the largest would round to 1
+    return (high_N.double() + 0.5) * 2.0**-52
 
 
 def draw(

@@ -62,12 +62,12 @@ class Host:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
-        self.port = held_port()
+        self.held = held_port()
 
     def where(self) -> Here:
         """This machine, and the GPUs that are booked on it."""
         ray = need("ray", "ray")
-        context, port = ray.get_runtime_context(), self.port.getsockname()[1]
+        context, port = ray.get_runtime_context(), self.held.getsockname()[1]
         gpus = tuple(str(each) for each in context.get_accelerator_ids().get("GPU", ()))
         return Here(context.get_node_id(), ray.util.get_node_ip_address(), port, gpus)
 
